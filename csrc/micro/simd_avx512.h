@@ -1,0 +1,109 @@
+// Sixteen lanes on AVX-512 (F, BW, DQ, VL).
+#pragma once
+
+#include <immintrin.h>
+
+#include "simd_scalar.h"
+
+namespace polymoe::POLYMOE_LEVEL {
+namespace {
+
+struct VF {
+  static constexpr int width = 16;
+  using Mask = __mmask16;
+  __m512 v;
+};
+
+template <class V = VF>
+inline V set(float x) {
+  return {_mm512_set1_ps(x)};
+}
+
+inline __mmask16 lanes_below(int n) { return __mmask16((1u << n) - 1u); }
+
+inline VF widen16(const bf16*, __m256i x) {
+  return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(x), 16))};
+}
+inline VF widen16(const f16*, __m256i x) { return {_mm512_cvtph_ps(x)}; }
+
+template <class V = VF>
+inline V load(const float* p) {
+  return {_mm512_loadu_ps(p)};
+}
+template <class V = VF, class T>
+inline V load(const T* p) {
+  return widen16(p, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+}
+template <class V = VF>
+inline V load_n(const float* p, int n) {
+  return {_mm512_maskz_loadu_ps(lanes_below(n), p)};
+}
+template <class V = VF, class T>
+inline V load_n(const T* p, int n) {
+  return widen16(p, _mm256_maskz_loadu_epi16(lanes_below(n), p));
+}
+
+inline __m256i narrow16(const bf16*, VF a) {
+  // Not vcvtneps2bf16: that one flushes subnormals, and torch's conversion does not.
+  const __m512i u = _mm512_castps_si512(a.v);
+  const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(u, 16), _mm512_set1_epi32(1));
+  const __m512i rounded = _mm512_add_epi32(u, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
+  const __mmask16 nan = _mm512_cmp_ps_mask(a.v, a.v, _CMP_UNORD_Q);
+  const __m512i kept = _mm512_mask_or_epi32(rounded, nan, u, _mm512_set1_epi32(0x400000));
+  return _mm512_cvtepi32_epi16(_mm512_srli_epi32(kept, 16));
+}
+inline __m256i narrow16(const f16*, VF a) {
+  return _mm512_cvtps_ph(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+}
+
+inline void store(float* p, VF a) { _mm512_storeu_ps(p, a.v); }
+template <class T>
+inline void store(T* p, VF a) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), narrow16(p, a));
+}
+inline void store_n(float* p, VF a, int n) { _mm512_mask_storeu_ps(p, lanes_below(n), a.v); }
+template <class T>
+inline void store_n(T* p, VF a, int n) {
+  _mm256_mask_storeu_epi16(p, lanes_below(n), narrow16(p, a));
+}
+
+inline VF operator+(VF a, VF b) { return {_mm512_add_ps(a.v, b.v)}; }
+inline VF operator-(VF a, VF b) { return {_mm512_sub_ps(a.v, b.v)}; }
+inline VF operator*(VF a, VF b) { return {_mm512_mul_ps(a.v, b.v)}; }
+inline VF operator/(VF a, VF b) { return {_mm512_div_ps(a.v, b.v)}; }
+inline VF fma(VF a, VF b, VF c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
+inline VF min(VF a, VF b) { return {_mm512_min_ps(a.v, b.v)}; }
+inline VF max(VF a, VF b) { return {_mm512_max_ps(a.v, b.v)}; }
+inline VF abs(VF a) { return {_mm512_abs_ps(a.v)}; }
+inline VF sqrt(VF a) { return {_mm512_sqrt_ps(a.v)}; }
+inline VF round_even(VF a) {
+  return {_mm512_roundscale_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)};
+}
+inline VF::Mask less(VF a, VF b) { return _mm512_cmp_ps_mask(a.v, b.v, _CMP_LT_OQ); }
+inline VF::Mask is_nan(VF a) { return _mm512_cmp_ps_mask(a.v, a.v, _CMP_UNORD_Q); }
+inline VF select(VF::Mask m, VF a, VF b) { return {_mm512_mask_blend_ps(m, b.v, a.v)}; }
+
+inline VF scale_pow2(VF a, VF n) { return {_mm512_scalef_ps(a.v, n.v)}; }
+inline VF exponent(VF a) { return {_mm512_getexp_ps(a.v)}; }
+inline VF mantissa(VF a) { return {_mm512_getmant_ps(a.v, _MM_MANT_NORM_1_2, _MM_MANT_SIGN_zero)}; }
+
+// Per 128-bit quarter: (x0 + x2) + (x1 + x3) of each of the four vectors.
+inline __m512 sum_quads(__m512 a, __m512 b, __m512 c, __m512 d) {
+  const __m512 ab = _mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b));
+  const __m512 cd = _mm512_add_ps(_mm512_unpacklo_ps(c, d), _mm512_unpackhi_ps(c, d));
+  return _mm512_add_ps(_mm512_shuffle_ps(ab, cd, _MM_SHUFFLE(1, 0, 1, 0)),
+                       _mm512_shuffle_ps(ab, cd, _MM_SHUFFLE(3, 2, 3, 2)));
+}
+inline void sum4(float* out, VF a, VF b, VF c, VF d) {
+  const __m512 q = sum_quads(a.v, b.v, c.v, d.v);
+  const __m256 half = _mm256_add_ps(_mm512_castps512_ps256(q), _mm512_extractf32x8_ps(q, 1));
+  _mm_storeu_ps(out, _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1)));
+}
+inline float sum(VF a) {
+  float out[4];
+  sum4(out, a, a, a, a);
+  return out[0];
+}
+
+}  // namespace
+}  // namespace polymoe::POLYMOE_LEVEL
