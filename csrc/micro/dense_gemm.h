@@ -1,9 +1,9 @@
 // The dense matmul of one ISA level: C[m, n] = sum over d of A[m, d] * W[n, d], both stored along the reduction.
 //
 // Every element of C is summed in one order that depends on the level, the dtype and the reduction length alone:
-// lane l of a vector accumulator takes the elements of its lane in ascending order within a block of kBlockSteps
-// steps, the lanes are added in a fixed tree, and the blocks are added in ascending order. How rows and columns are
-// tiled never shows in the bits.
+// each lane of a vector accumulator takes its elements in ascending order within a block of kBlockSteps steps, the
+// lanes are added in a fixed tree, and the blocks are added in ascending order. How rows and columns are tiled never
+// shows in the bits, so a token's result cannot depend on the tokens beside it.
 #pragma once
 
 #include <cstddef>
@@ -13,27 +13,24 @@
 
 namespace polymoe {
 
-// Rows of W, n of them, in up to two runs of evenly spaced rows: the gate half and the up half of an expert.
+// Rows of W in up to two runs of evenly spaced rows: the gate half and the up half of an expert.
 struct WeightRows {
-  const char* first;        // row 0
-  const char* second;       // row `split`
-  int64_t split;            // rows in the first run
-  int64_t stride;           // bytes from a row to the next within a run
+  const char* first;   // row 0
+  const char* second;  // row `split`
+  int64_t split;       // rows in the first run
+  int64_t stride;      // bytes from a row to the next within a run
 };
 
 struct DenseGemm {
-  int step;          // elements of the reduction in one step; packed rows are padded with zeros to whole steps
-  int packed_size;   // bytes of one packed element: bf16 stays bf16 where the level multiplies it, else f32
-  int max_rows;      // rows in a packed group, at most
+  int step;         // elements of the reduction taken at a time; packed rows are padded with zeros to whole steps
+  int packed_size;  // bytes of one packed element: bf16 stays bf16 where the level multiplies it, else it is widened
+  int max_rows;     // rows of a register tile, and so of a row group
 
-  // Packs elements [0, d) of `rows` (<= max_rows) rows into out, interleaved by step: [step][row][element].
-  // `row[i]` points at the first element of row i; elements are contiguous.
-  void (*pack)(const char* const* row, int rows, int64_t d, char* out);
+  // Packs elements [0, d) of one row of A, d > 0: step s goes to out + s * step_stride.
+  void (*pack_row)(const char* row, int64_t d, char* out, int64_t step_stride);
 
-  // c[i * ldc + j] = sum over d of a[i, d] * w[j, d] for the rows of one packed group and columns [0, n).
-  // While it works, it asks for `prefetch_rows` rows of W from `prefetch` on, where the next call will begin.
-  void (*multiply)(const char* a, int rows, const WeightRows& w, int64_t begin, int64_t n, int64_t d, void* c, int64_t ldc,
-                   bool prefetch);
+  // c[i * ldc + j] for i < m, j < n: f32, or f64 for f64. `a` holds m rows packed in the groups of RowGroups.
+  void (*multiply)(const char* a, int64_t m, const WeightRows& w, int64_t n, int64_t d, void* c, int64_t ldc);
 };
 
 // nullptr where the level has no kernel for the dtype (f64 above the portable level).
@@ -41,4 +38,24 @@ struct DenseGemmTable {
   const DenseGemm* by_dtype[kDtypes];
 };
 
+// Internal linkage, because sources of every ISA level share this.
+namespace {
+
+// m rows in as few groups of at most `max_rows` as possible, as even as possible: 5 rows are 3 + 2, not 4 + 1.
+// A group holds its rows interleaved by step, and the groups lie one after the other.
+struct RowGroups {
+  int64_t count, size, larger;  // `larger` groups of size + 1 come first
+
+  RowGroups(int64_t m, int64_t max_rows)
+      : count((m + max_rows - 1) / max_rows), size(count ? m / count : 0), larger(count ? m % count : 0) {}
+
+  int64_t first_row(int64_t group) const { return group * size + (group < larger ? group : larger); }
+  int rows(int64_t group) const { return int(size + (group < larger)); }
+  int64_t group_of(int64_t row) const {
+    const int64_t in_larger = larger * (size + 1);
+    return row < in_larger ? row / (size + 1) : larger + (row - in_larger) / size;
+  }
+};
+
+}  // namespace
 }  // namespace polymoe
