@@ -1,0 +1,74 @@
+# `make help` lists the targets.
+VENV := .venv
+PY := $(VENV)/bin/python
+PYTHON ?= python3
+# Where `make setup` gets torch. Use another index for a GPU build, for example .../whl/cu130.
+TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
+
+DEPENDENCIES := $(VENV)/polymoe-requirements.txt
+BUILT := build/built
+SOURCES := setup.py $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.h)
+CXX_FILES = $(filter-out setup.py,$(SOURCES))
+PY_FILES := setup.py python tests benchmarks examples kernels
+EXTENSION := $(wildcard python/polymoe/_C*.so)
+# A file that changes with the list of sources, so that a removed source is noticed too.
+LISTED := build/sources
+$(shell mkdir -p build; echo $(SOURCES) | cmp -s - $(LISTED) || echo $(SOURCES) > $(LISTED))
+JUNK := *_cache .hypothesis dist build
+
+.DEFAULT_GOAL := help
+.PHONY: help setup build wheel demo test test-slow lint format sanitize sanitize-address sanitize-thread clean
+
+help: ## this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+setup: $(DEPENDENCIES) build ## create .venv with the pinned dependencies, build, make polymoe importable there
+	@echo "ready: $(PY)"
+
+# The stamp is a copy of the requirements as they were installed, so it changes only with them. Torch comes first, by
+# itself: only its own index has a build without GPU libraries.
+$(DEPENDENCIES): requirements-dev.txt
+	@test -x $(PY) || { echo "creating $(VENV)"; $(PYTHON) -m venv $(VENV); }
+	@cmp -s $< $@ || { \
+	  echo "installing the pinned dependencies"; \
+	  $(PY) -m pip install --retries 1 --no-deps --extra-index-url $(TORCH_INDEX) $$(grep '^torch==' $<) && \
+	  $(PY) -m pip install -r $<; }
+	@$(PY) -c "import os, sysconfig; open(os.path.join(sysconfig.get_path('purelib'), 'polymoe.pth'), 'w').write(os.path.abspath('python') + '\n')"
+	@cp $< $@
+
+build: $(BUILT) ## build the extension in place; recompiles only what changed
+
+$(BUILT): $(DEPENDENCIES) $(SOURCES) $(LISTED) $(if $(EXTENSION),,missing)
+	@$(PY) setup.py --quiet build_ext --inplace
+	@touch $@
+
+.PHONY: missing
+missing:
+
+wheel: $(DEPENDENCIES) ## a wheel for this Python and this torch minor version, in dist/
+	rm -rf build/lib.*
+	$(PY) -m pip wheel --no-build-isolation --no-deps --wheel-dir dist .
+
+demo: setup ## DeepSeek-V4's experts on this CPU: Transformers' own paths against polymoe
+	$(PY) examples/demo_deepseek_v4.py
+
+test: setup ## all tests but the slow ones
+	$(PY) -m pytest -m "not slow"
+
+test-slow: setup ## the tests that need minutes or many gigabytes
+	$(PY) -m pytest -m slow
+
+lint: $(DEPENDENCIES) ## ruff, mypy, clang-format
+	$(VENV)/bin/ruff check $(wildcard $(PY_FILES))
+	$(VENV)/bin/ruff format --check $(wildcard $(PY_FILES))
+	$(VENV)/bin/mypy
+	$(VENV)/bin/clang-format --dry-run -Werror $(CXX_FILES)
+
+format: $(DEPENDENCIES) ## rewrite Python and C++ in the house style
+	$(VENV)/bin/ruff check --fix $(wildcard $(PY_FILES))
+	$(VENV)/bin/ruff format $(wildcard $(PY_FILES))
+	$(VENV)/bin/clang-format -i $(CXX_FILES)
+
+clean: ## remove everything built, but not .venv
+	rm -rf $(JUNK) *.egg-info python/*.egg-info python/polymoe/_C*.so python/polymoe/_build_info.py
+	find python tests benchmarks examples kernels -name __pycache__ -prune -exec rm -rf {} + 2>/dev/null || true

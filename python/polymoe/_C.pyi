@@ -1,0 +1,40 @@
+"""Facts about this machine and this build, from the C++ extension. It registers the CPU kernels when imported."""
+
+def isa_levels() -> list[str]:
+    """All levels by name, the lowest first."""
+
+def isa_supported() -> list[str]:
+    """The levels this machine can run."""
+
+def isa_level() -> str:
+    """The level the kernels use now."""
+
+def set_isa_level(level: str) -> None:
+    """Use a supported level from now on, "" for the best; ValueError says what an unsupported one needs."""
+
+def isa_flags(level: str) -> list[str]:
+    """The CPU flags a level uses, with `os_saves_*` for the registers that the OS must save."""
+
+def isa_missing(level: str) -> list[str]:
+    """Those of `isa_flags(level)` that this machine lacks."""
+
+def cpu_flags() -> dict[str, bool]:
+    """Every flag some level uses, and whether this machine has it."""
+
+def disable_cpu_flags(flags: list[str]) -> None:
+    """Treat these flags as absent in this process from now on."""
+
+def cache_sizes() -> dict[str, int]:
+    """Bytes of the caches `l1d`, `l2`, `l3` that one core sees."""
+
+def num_threads() -> int:
+    """Threads an op called here uses at most."""
+
+def in_forked_child() -> bool:
+    """True in a child forked after the extension was loaded, where ops run on one thread."""
+
+def probe_threads(tasks: int) -> tuple[int, bool]:
+    """Run a parallel region of `tasks` tasks: the number of threads it used, and whether each task ran once."""
+
+def torch_version() -> str:
+    """The torch version this extension was compiled against."""
