@@ -1,0 +1,1 @@
+"""The built-in backends. Thin: which op maps to which kernel, and what is supported."""

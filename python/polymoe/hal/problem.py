@@ -1,0 +1,55 @@
+"""What a backend is asked to serve, and what a backend is."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol, runtime_checkable
+
+import torch
+
+
+class Problem(NamedTuple):
+    """One call as far as the choice of a backend may depend on it: everything here is cheap to hash and none of it is a
+    size, so that a decision holds for every batch."""
+
+    op: str
+    device_type: str
+    dtype: torch.dtype
+    options: tuple[str, ...]
+
+
+@runtime_checkable
+class Backend(Protocol):
+    """A set of kernels. Structural: a backend need not inherit from anything.
+
+    name           how users select it
+    device_types   torch device types it serves; "*" is every type
+    deterministic, batch_invariant
+                   properties it promises (the conformance kit tests what is promised)
+    """
+
+    name: str
+    device_types: tuple[str, ...]
+    deterministic: bool
+    batch_invariant: bool
+
+    def supports(self, op: str, problem: Problem) -> str | None:
+        """None if the backend serves `problem`, else the reason why it does not, as the end of a sentence."""
+
+    def implementation(self, op: str) -> Callable[..., Any]:
+        """The function that computes `op`: the schema's arguments without `backend`, the schema's results."""
+
+
+@dataclass(frozen=True)
+class OpSpec:
+    """What the hardware abstraction layer knows of an op. `subject` is the tensor argument whose device and dtype select
+    the backend; `options` are the string arguments that do."""
+
+    name: str
+    subject: str
+    options: tuple[str, ...]
+    wrapper: Callable[..., Any] | None = None
+
+
+OPS: dict[str, OpSpec] = {}

@@ -1,0 +1,105 @@
+"""The backends known to this process: the built-in ones, and others from the entry point group "polymoe.backends"."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from importlib.metadata import entry_points
+from typing import Any
+
+from polymoe.backends.cpu import CpuBackend
+from polymoe.backends.reference import ReferenceBackend
+from polymoe.backends.triton import TritonBackend
+from polymoe.hal.problem import Backend, Problem
+
+ENTRY_POINT_GROUP = "polymoe.backends"
+
+# In order of preference where several serve a device; the reference, which serves everything, comes after the backends
+# registered from outside.
+_native: tuple[Backend, ...] = (CpuBackend(), TritonBackend())
+_reference: Backend = ReferenceBackend()
+_outside: dict[str, Backend] = {}
+_entry_points_loaded = False
+_on_change: list[Callable[[], None]] = []
+
+
+class BrokenBackend:
+    """Stands in for an entry point that could not be loaded, so that its error shows wherever backends are listed."""
+
+    device_types: tuple[str, ...] = ("*",)
+    deterministic = False
+    batch_invariant = False
+
+    def __init__(self, name: str, error: Exception) -> None:
+        self.name = name
+        self.reason = f"its entry point failed to load: {type(error).__name__}: {error}"
+
+    def supports(self, op: str, problem: Problem) -> str | None:
+        return self.reason
+
+    def implementation(self, op: str) -> Callable[..., Any]:
+        raise RuntimeError(f"polymoe: backend {self.name}: {self.reason}")
+
+
+def on_change(callback: Callable[[], None]) -> None:
+    """Calls `callback` whenever the set of backends changes (cached decisions are then void)."""
+    _on_change.append(callback)
+
+
+def register_backend(backend: Backend) -> None:
+    """Adds a backend to this process. Packages do the same for every process with an entry point in the group
+    "polymoe.backends" that names a Backend object, or a function or class that returns one when called.
+
+    Raises ValueError if the object is no Backend or its name is taken.
+    """
+    if not isinstance(backend, Backend) or isinstance(backend, type):
+        raise ValueError(f"polymoe.register_backend: backend: expected a polymoe.hal Backend, got {backend!r}")
+    if backend.name in {known.name for known in (*_native, _reference, *_outside.values())}:
+        raise ValueError(f"polymoe.register_backend: backend: expected a new name, got {backend.name!r}")
+    _outside[backend.name] = backend
+    for callback in _on_change:
+        callback()
+
+
+def unregister_backend(name: str) -> None:
+    """Removes a backend that register_backend added. Raises ValueError for any other name."""
+    if name not in _outside:
+        raise ValueError(f"polymoe.unregister_backend: name: expected a registered backend, got {name!r}")
+    del _outside[name]
+    for callback in _on_change:
+        callback()
+
+
+def _load_entry_points() -> None:
+    global _entry_points_loaded
+    if _entry_points_loaded:
+        return
+    _entry_points_loaded = True
+    for entry in entry_points(group=ENTRY_POINT_GROUP):
+        try:
+            loaded = entry.load()
+            register_backend(loaded() if callable(loaded) else loaded)
+        except Exception as error:  # whatever a stranger's package raises must not break the process, nor be hidden
+            warnings.warn(f"polymoe: backend {entry.name!r} could not be loaded: {error}", stacklevel=3)
+            if entry.name not in _outside:
+                register_backend(BrokenBackend(entry.name, error))
+
+
+def all_backends() -> tuple[Backend, ...]:
+    """Every backend, in order of preference."""
+    _load_entry_points()
+    return (*_native, *_outside.values(), _reference)
+
+
+def backends() -> list[str]:
+    """The names of all backends known to this process, in order of preference."""
+    return [backend.name for backend in all_backends()]
+
+
+def find(name: str) -> Backend | None:
+    """The backend of that name; entry points are loaded only for a name that is not built in."""
+    for backend in (*_native, _reference):
+        if backend.name == name:
+            return backend
+    _load_entry_points()
+    return _outside.get(name)

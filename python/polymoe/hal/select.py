@@ -1,0 +1,104 @@
+"""The choice of a backend: explicit argument > use_backend > environment variable > the best that serves the problem.
+
+It happens once, in the Python wrapper of an op, and travels into the op as a schema argument.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from types import TracebackType
+
+import torch
+from torch import Tensor
+
+from polymoe.hal import registry
+from polymoe.hal.problem import Backend, Problem
+
+ENVIRONMENT_VARIABLE = "POLYMOE_BACKEND"
+_environment: str | None = os.environ.get(ENVIRONMENT_VARIABLE) or None
+
+
+class _Scope(threading.local):
+    """The innermost use_backend of this thread. The attribute is set here and not in the class body, because
+    torch.compile guards on the instance."""
+
+    def __init__(self) -> None:
+        self.name: str | None = None
+
+
+_scope = _Scope()
+_decisions: dict[tuple[str, str, torch.dtype, tuple[str, ...], str | None], str] = {}
+registry.on_change(_decisions.clear)
+
+
+class use_backend:  # noqa: N801  (a context manager reads as a function)
+    """Context manager: inside it, ops of this thread use the backend `name` unless one is given explicitly.
+
+    Works inside and around code under torch.compile(fullgraph=True): the choice is a constant of the compiled graph,
+    and a call under another choice compiles anew. `use_backend(None)` restores the automatic choice.
+    """
+
+    def __init__(self, name: str | None) -> None:
+        self.name = name
+        self.outer: list[str | None] = []
+
+    def __enter__(self) -> None:
+        self.outer.append(_scope.name)
+        _scope.name = self.name
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        _scope.name = self.outer.pop()
+
+
+def declined(backend: Backend, problem: Problem) -> str | None:
+    """Why `backend` does not serve `problem`; None if it does."""
+    if "*" not in backend.device_types and problem.device_type not in backend.device_types:
+        return f"it serves {', '.join(backend.device_types)} tensors, not {problem.device_type}"
+    return backend.supports(problem.op, problem)
+
+
+def decide(problem: Problem, requested: str | None) -> str:
+    """The name of the backend for `problem`, uncached. Raises ValueError if `requested` does not exist or declines."""
+    if requested is not None:
+        backend = registry.find(requested)
+        if backend is None:
+            raise ValueError(
+                f"polymoe.{problem.op}: backend: expected one of {', '.join(registry.backends())}, got {requested!r}"
+            )
+        reason = declined(backend, problem)
+        if reason is not None:
+            raise ValueError(
+                f"polymoe.{problem.op}: backend: expected one that serves this call, got {requested!r}: {reason}"
+            )
+        return requested
+    for backend in registry.all_backends():
+        if declined(backend, problem) is None:
+            return backend.name
+    raise AssertionError("the reference serves every problem")
+
+
+@torch._dynamo.assume_constant_result  # type: ignore[untyped-decorator]
+def _decide_in_graph(
+    op: str, device_type: str, dtype: torch.dtype, options: tuple[str, ...], requested: str | None
+) -> str:
+    return decide(Problem(op, device_type, dtype, options), requested)
+
+
+def choose(op: str, device_type: str, dtype: torch.dtype, options: tuple[str, ...], requested: str | None) -> str:
+    """`decide`, remembered."""
+    key = (op, device_type, dtype, options, requested)
+    chosen = _decisions.get(key)
+    if chosen is None:
+        chosen = _decisions[key] = decide(Problem(op, device_type, dtype, options), requested)
+    return chosen
+
+
+def select(op: str, subject: Tensor, options: tuple[str, ...], backend: str | None) -> str:
+    """The name of the backend for a call of `op` whose leading tensor is `subject`."""
+    requested = backend if backend is not None else _scope.name or _environment
+    if torch.compiler.is_compiling():
+        return _decide_in_graph(op, subject.device.type, subject.dtype, options, requested)
+    return choose(op, subject.device.type, subject.dtype, options, requested)

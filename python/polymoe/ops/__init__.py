@@ -1,0 +1,11 @@
+"""The ops: one file each with schema, public wrapper, checks and fake kernel."""
+
+from polymoe.ops.activate import activate
+from polymoe.ops.combine import combine
+from polymoe.ops.dispatch import dispatch
+from polymoe.ops.experts import experts
+from polymoe.ops.gate import gate
+from polymoe.ops.grouped_mm import grouped_mm
+from polymoe.ops.plan import Plan, plan
+
+__all__ = ["Plan", "activate", "combine", "dispatch", "experts", "gate", "grouped_mm", "plan"]

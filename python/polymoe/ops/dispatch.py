@@ -1,0 +1,51 @@
+from __future__ import annotations
+
+from torch import Tensor
+
+from polymoe.hal.select import select
+from polymoe.ops import _check as check_that
+from polymoe.ops._library import define_op
+from polymoe.ops.plan import Plan, check_plan
+
+
+def check(x: Tensor, row_slot: Tensor, slot_row: Tensor, weights: Tensor | None = None) -> None:
+    op = "dispatch"
+    check_that.dtype(op, "x", x, check_that.FLOATS)
+    check_that.rank(op, "x", x, "[T, H]")
+    check_plan(op, row_slot, slot_row, x)
+    if slot_row.shape[0] != x.shape[0]:
+        check_that.fail(op, "slot_row", f"T = {x.shape[0]} rows as in x", slot_row.shape[0])
+    if weights is not None:
+        check_that.routing_weights(op, weights, (x.dtype,), slot_row.shape, x)
+
+
+def fake(x: Tensor, row_slot: Tensor, slot_row: Tensor, weights: Tensor | None = None) -> Tensor:
+    return x.new_empty((row_slot.shape[0], x.shape[1]))
+
+
+_dispatch = define_op(
+    "dispatch",
+    '(Tensor x, Tensor row_slot, Tensor slot_row, Tensor? weights=None, *, str backend="") -> Tensor',
+    check,
+    fake,
+)
+
+
+def dispatch(x: Tensor, plan: Plan, weights: Tensor | None = None, *, backend: str | None = None) -> Tensor:
+    """Copies every token to the rows of its experts: row r is x[row_slot[r] // K], times its routing weight if given.
+
+    Args:
+        x: [T, H], float32, bfloat16, float16 or float64.
+        plan: polymoe.plan of ids [T, K].
+        weights: [T, K] float32 or x's dtype: multiplies the rows (routing weights on the input, as in Llama-4); the
+            product is float32 and rounded once to x's dtype.
+
+    Returns:
+        [S, H] of x's dtype; padding rows are zero.
+
+    Raises:
+        ValueError: any other shape, dtype or device.
+    """
+    return _dispatch(  # type: ignore[no-any-return]
+        x, plan.row_slot, plan.slot_row, weights, backend=select("dispatch", x, (), backend)
+    )

@@ -1,0 +1,187 @@
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from polymoe.hal.select import select
+from polymoe.ops import _check as check_that
+from polymoe.ops._library import define_op
+from polymoe.ops.activate import KINDS, check_kind
+
+WEIGHT_PLACEMENTS = ("output", "activation", "input")
+
+
+def check(
+    x: Tensor,
+    gate_up: Tensor,
+    down: Tensor,
+    weights: Tensor,
+    ids: Tensor,
+    activation: str = "swiglu",
+    alpha: float | None = None,
+    limit: float | None = None,
+    gate_up_bias: Tensor | None = None,
+    down_bias: Tensor | None = None,
+    transposed: bool = False,
+    interleaved: bool = False,
+    weight_placement: str = "output",
+    save: bool = False,
+) -> None:
+    op = "experts"
+    check_that.dtype(op, "x", x, check_that.FLOATS)
+    check_that.rank(op, "x", x, "[T, H]")
+    check_kind(op, "activation", activation, alpha, limit, interleaved)
+    check_that.choice(op, "weight_placement", weight_placement, WEIGHT_PLACEMENTS)
+    E, P = _check_projections(x, gate_up, down, activation, transposed)
+    check_that.dtype(op, "ids", ids, check_that.IDS)
+    check_that.rank(op, "ids", ids, "[T, K]")
+    if ids.shape[0] != x.shape[0]:
+        check_that.fail(op, "ids", f"T = {x.shape[0]} rows as in x", f"shape {check_that.shape_of(ids)}")
+    if ids.numel() >= 2**31:
+        check_that.fail(op, "ids", "fewer than 2^31 slots", f"{ids.numel()} slots")
+    check_that.device(op, "ids", ids, x)
+    check_that.routing_weights(op, weights, (x.dtype,), ids.shape, x)
+    for name, bias, width, letters in (
+        ("gate_up_bias", gate_up_bias, P, "[E, I]" if not KINDS[activation].gated else "[E, 2I]"),
+        ("down_bias", down_bias, x.shape[1], "[E, H]"),
+    ):
+        if bias is not None:
+            check_that.dtype(op, name, bias, (x.dtype, torch.float32))
+            check_that.shape(op, name, bias, letters, (E, width))
+            check_that.device(op, name, bias, x)
+
+
+def _check_projections(x: Tensor, gate_up: Tensor, down: Tensor, activation: str, transposed: bool) -> tuple[int, int]:
+    """Returns E and the width of the gate/up projection: 2I, or I if the activation is ungated."""
+    op, H = "experts", x.shape[1]
+    up = "2I" if KINDS[activation].gated else "I"
+    for name, weight, letters in (
+        ("gate_up", gate_up, f"[E, H, {up}]" if transposed else f"[E, {up}, H]"),
+        ("down", down, "[E, I, H]" if transposed else "[E, H, I]"),
+    ):
+        check_that.dtype(op, name, weight, (x.dtype,))
+        check_that.rank(op, name, weight, letters)
+        check_that.device(op, name, weight, x)
+    E, P = gate_up.shape[0], gate_up.shape[2 if transposed else 1]
+    if E < 1:
+        check_that.fail(op, "gate_up", "at least 1 expert", f"shape {check_that.shape_of(gate_up)}")
+    if KINDS[activation].gated and P % 2 != 0:
+        check_that.fail(op, "gate_up", f"an even 2I for {activation}", f"shape {check_that.shape_of(gate_up)}")
+    I = P // 2 if KINDS[activation].gated else P  # noqa: E741
+    if transposed:
+        check_that.shape(op, "gate_up", gate_up, f"[E, H, {up}]", (E, H, P))
+        check_that.shape(op, "down", down, "[E, I, H]", (E, I, H))
+    else:
+        check_that.shape(op, "gate_up", gate_up, f"[E, {up}, H]", (E, P, H))
+        check_that.shape(op, "down", down, "[E, H, I]", (E, H, I))
+    return E, P
+
+
+def fake(
+    x: Tensor,
+    gate_up: Tensor,
+    down: Tensor,
+    weights: Tensor,
+    ids: Tensor,
+    activation: str = "swiglu",
+    alpha: float | None = None,
+    limit: float | None = None,
+    gate_up_bias: Tensor | None = None,
+    down_bias: Tensor | None = None,
+    transposed: bool = False,
+    interleaved: bool = False,
+    weight_placement: str = "output",
+    save: bool = False,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    out = x.new_empty(x.shape)
+    if not save:
+        none = [ids.new_empty((0,), dtype=torch.int32) for _ in range(3)]
+        return out, x.new_empty((0,)), none[0], none[1], none[2]
+    (T, K), E, P = ids.shape, gate_up.shape[0], gate_up.shape[2 if transposed else 1]
+    return (
+        out,
+        x.new_empty((T * K, P)),
+        ids.new_empty((E + 1,), dtype=torch.int32),
+        ids.new_empty((T * K,), dtype=torch.int32),
+        ids.new_empty((T, K), dtype=torch.int32),
+    )
+
+
+_experts = define_op(
+    "experts",
+    '(Tensor x, Tensor gate_up, Tensor down, Tensor weights, Tensor ids, str activation="swiglu", float? alpha=None, '
+    "float? limit=None, Tensor? gate_up_bias=None, Tensor? down_bias=None, bool transposed=False, "
+    'bool interleaved=False, str weight_placement="output", bool save=False, *, str backend="") '
+    "-> (Tensor out, Tensor pre_activation, Tensor offsets, Tensor row_slot, Tensor slot_row)",
+    check,
+    fake,
+    options=("activation", "weight_placement"),
+)
+
+
+def experts(
+    x: Tensor,
+    gate_up: Tensor,
+    down: Tensor,
+    weights: Tensor,
+    ids: Tensor,
+    activation: str = "swiglu",
+    alpha: float | None = None,
+    limit: float | None = None,
+    gate_up_bias: Tensor | None = None,
+    down_bias: Tensor | None = None,
+    transposed: bool = False,
+    interleaved: bool = False,
+    weight_placement: str = "output",
+    *,
+    backend: str | None = None,
+) -> Tensor:
+    """The routed experts of a Mixture-of-Experts layer as one op: for every token, the weighted sum over its experts e of
+    activation(x @ gate_up[e]^T) @ down[e]^T.
+
+    Args:
+        x: [T, H], float32, bfloat16, float16 or float64.
+        gate_up: [E, 2I, H] of x's dtype: the gate rows, then the up rows, or in turns if `interleaved`; [E, I, H] for an
+            ungated activation. With `transposed`: [E, H, 2I] or [E, H, I].
+        down: [E, H, I] of x's dtype; with `transposed`: [E, I, H].
+        weights: [T, K] float32 or x's dtype: the routing weights, used in float32.
+        ids: [T, K] int32 or int64: the experts of every token. An id < 0 or >= E skips its slot.
+        activation, alpha, limit, interleaved: see polymoe.activate.
+        gate_up_bias, down_bias: [E, 2I] ([E, I] ungated) and [E, H]; x's dtype or float32.
+        weight_placement: what the routing weight multiplies: "output" (in combine), "activation" (in activate, before
+            its rounding; DeepSeek's own code) or "input" (in dispatch, with one more rounding; Llama-4).
+
+    Returns:
+        [T, H] of x's dtype. On one backend, instruction set level and layout it equals, to the bit,
+
+            p = plan(ids, E)
+            h = grouped_mm(dispatch(x, p), gate_up^T, p.offsets[1:], gate_up_bias, out_dtype=float32)
+            a = activate(h, activation, alpha, limit, interleaved, p, out_dtype=x.dtype)
+            y = grouped_mm(a, down^T, p.offsets[1:], down_bias, out_dtype=float32)
+            out = combine(y, p, weights, out_dtype=x.dtype)
+
+        with the weights given to activate or dispatch instead for the other placements. A float64 x is computed in
+        float64 throughout.
+
+    Raises:
+        ValueError: any other shape, dtype, device or option.
+    """
+    chosen = select("experts", x, (activation, weight_placement), backend)
+    out: Tensor = _experts(
+        x,
+        gate_up,
+        down,
+        weights,
+        ids,
+        activation,
+        alpha,
+        limit,
+        gate_up_bias,
+        down_bias,
+        transposed,
+        interleaved,
+        weight_placement,
+        False,
+        backend=chosen,
+    )[0]
+    return out

@@ -1,0 +1,113 @@
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from polymoe.hal.select import select
+from polymoe.ops import _check as check_that
+from polymoe.ops._library import define_op
+
+
+def check(
+    a: Tensor,
+    b: Tensor,
+    offs: Tensor | None = None,
+    bias: Tensor | None = None,
+    out_dtype: torch.dtype | None = None,
+) -> None:
+    op = "grouped_mm"
+    check_that.dtype(op, "a", a, check_that.FLOATS)
+    if a.dim() not in (2, 3):
+        check_that.fail(op, "a", "2 or 3 dimensions", f"shape {check_that.shape_of(a)}")
+    check_that.dtype(op, "b", b, (a.dtype,))
+    if b.dim() not in (2, 3):
+        check_that.fail(op, "b", "2 or 3 dimensions", f"shape {check_that.shape_of(b)}")
+    check_that.device(op, "b", b, a)
+    if a.shape[-1] != b.shape[-2]:
+        check_that.fail(op, "b", f"D = {a.shape[-1]} rows, as a has columns", f"shape {check_that.shape_of(b)}")
+    groups = _check_groups(a, b, offs)
+    if bias is not None:
+        check_that.dtype(op, "bias", bias, (a.dtype, torch.float32))
+        if b.dim() == 2 and a.dim() == 3:
+            check_that.shape(op, "bias", bias, "[N]", (b.shape[-1],))
+        else:
+            check_that.shape(op, "bias", bias, "[G, N]", (groups, b.shape[-1]))
+        check_that.device(op, "bias", bias, a)
+    check_that.output_dtype(op, out_dtype, a.dtype)
+
+
+def _check_groups(a: Tensor, b: Tensor, offs: Tensor | None) -> int:
+    """Returns G."""
+    op = "grouped_mm"
+    if a.dim() == 3 and b.dim() == 3:
+        if offs is not None:
+            check_that.fail(op, "offs", "None where a and b have 3 dimensions", "offs")
+        if a.shape[0] != b.shape[0]:
+            check_that.fail(op, "b", f"G = {a.shape[0]} matrices, as in a", f"shape {check_that.shape_of(b)}")
+        return a.shape[0]
+    if offs is None:
+        check_that.fail(op, "offs", "offsets [G] where a or b has 2 dimensions", None)
+    check_that.dtype(op, "offs", offs, check_that.IDS)
+    check_that.rank(op, "offs", offs, "[G]")
+    check_that.device(op, "offs", offs, a)
+    if a.dim() == 3 or b.dim() == 3:
+        check_that.shape(op, "offs", offs, "[G]", ((a if a.dim() == 3 else b).shape[0],))
+    return offs.shape[0]
+
+
+def fake(
+    a: Tensor,
+    b: Tensor,
+    offs: Tensor | None = None,
+    bias: Tensor | None = None,
+    out_dtype: torch.dtype | None = None,
+) -> Tensor:
+    M, N = a.shape[-2], b.shape[-1]
+    if a.dim() == b.dim():
+        groups = a.shape[0] if offs is None else offs.shape[0]
+        return a.new_empty((groups, M, N), dtype=out_dtype or a.dtype)
+    return a.new_empty((M, N), dtype=out_dtype or a.dtype)
+
+
+_grouped_mm = define_op(
+    "grouped_mm",
+    "(Tensor a, Tensor b, Tensor? offs=None, Tensor? bias=None, ScalarType? out_dtype=None, "
+    '*, str backend="") -> Tensor',
+    check,
+    fake,
+)
+
+
+def grouped_mm(
+    a: Tensor,
+    b: Tensor,
+    offs: Tensor | None = None,
+    bias: Tensor | None = None,
+    out_dtype: torch.dtype | None = None,
+    *,
+    backend: str | None = None,
+) -> Tensor:
+    """One matrix product per group; a superset of torch.nn.functional.grouped_mm: any strides, any sizes, empty groups.
+
+    Args:
+        a, b: one dtype, float32, bfloat16, float16 or float64. G groups; offs says where each group ends along the
+            dimension that is cut:
+            a [M, D],    b [G, D, N]: rows of a are cut            -> [M, N]
+            a [G, M, D], b [D, N]:    columns of b are cut         -> [M, N]
+            a [M, D],    b [D, N]:    the reduction D is cut       -> [G, M, N]
+            a [G, M, D], b [G, D, N]: nothing is cut, offs is None -> [G, M, N]
+        offs: [G] int32 or int64, cumulative ends: group g runs from offs[g-1] (0 for the first) to offs[g]. For a plan,
+            plan.offsets[1:]. They must not decrease and must lie in [0, size that is cut]; the CPU checks it.
+        bias: [G, N], or [N] where a has 3 dimensions and b has 2; a's dtype or float32.
+        out_dtype: dtype of the result, by default a's; float64 if and only if a is float64.
+
+    Returns:
+        Contiguous. Sums are float32 (float64 for float64), the bias is added in float32, and the result is rounded once.
+        Rows (or columns) from offs[-1] on are zero, without bias.
+
+    Raises:
+        ValueError: any other shape, dtype, device; offsets as above.
+    """
+    return _grouped_mm(  # type: ignore[no-any-return]
+        a, b, offs, bias, out_dtype, backend=select("grouped_mm", a, (), backend)
+    )
