@@ -21,7 +21,7 @@ namespace polymoe {
 namespace {
 
 #define POLYMOE_LEVEL_ENTRY(level) \
-  { &level::dense_gemm_table, &level::activation_table, &level::row_table, &level::score_table }
+  {&level::dense_gemm_table, &level::activation_table, &level::row_table, &level::score_table}
 
 // In the order of Isa. Other machines have the portable level alone, and isa.cpp lets no other become active.
 constexpr LevelTable kTables[] = {

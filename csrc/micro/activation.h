@@ -39,7 +39,8 @@ struct ActivationSpec {
 
 // Inputs are f32, or f64 when the output is f64. Entries for f64 exist at the portable level alone.
 struct ActivationTable {
-  // out[i] = activation(gate[i], up[i]) * weight[0], rounded once; `up` is null for ungated kinds, `weight` may be null.
+  // out[i] = activation(gate[i], up[i]) * weight[0], rounded once; `up` is null for ungated kinds, `weight` may be
+  // null.
   void (*activate_row[kDtypes])(const ActivationSpec& spec, const void* gate, const void* up, const void* weight,
                                 void* out, int64_t n);
 };
