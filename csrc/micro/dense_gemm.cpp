@@ -126,20 +126,19 @@ void multiply(const char* a, int64_t m, const WeightRows& w, int64_t n, int64_t 
   const RowGroups groups(m, kMaxRows);
   if (groups.count == 0 || n == 0) return;
   const int64_t row_bytes = (d + F::step - 1) / F::step * F::step * int64_t(sizeof(typename F::Packed));
-  // Even strips, for the same reason as even row groups. The last strip asks for nothing: what comes after it is not
-  // known here.
-  const RowGroups strips(n, kColumns[groups.rows(0) - 1]);
+  const RowGroups strips(n, kColumns[groups.rows(0) - 1]);  // even, for the same reason as row groups are
   for (int64_t strip = 0; strip < strips.count; ++strip) {
     const int64_t j0 = strips.first_row(strip);
     const int columns = strips.rows(strip);
-    const int64_t ahead = strip + 1 < strips.count ? strips.rows(strip + 1) : 0;
+    const bool last = strip + 1 == strips.count;
+    const int64_t ahead = !last ? strips.rows(strip + 1) : w.next ? strips.rows(0) : 0;
     const char* rows[kMaxColumns];
     for (int j = 0; j < columns; ++j) rows[j] = weight_row(w, j0 + j);
     for (int64_t group = 0; group < groups.count; ++group) {
       Prefetch next{{}, 0};
       const int64_t stop = (group + 1) * ahead / groups.count;
       for (int64_t j = group * ahead / groups.count; j < stop; ++j)
-        next.row[next.count++] = weight_row(w, j0 + columns + j);
+        next.row[next.count++] = last ? w.next + j * w.stride : weight_row(w, j0 + columns + j);
       const int64_t first = groups.first_row(group);
       tile_of<F>(groups.rows(group), columns)(a + first * row_bytes, rows, d,
                                               static_cast<typename F::Sum*>(c) + first * ldc + j0, ldc, next);

@@ -19,6 +19,7 @@ struct WeightRows {
   const char* second;  // row `split`
   int64_t split;       // rows in the first run
   int64_t stride;      // bytes from a row to the next within a run
+  const char* next;    // where the next call will begin, or null: fetched ahead while the last rows are used
 };
 
 struct DenseGemm {

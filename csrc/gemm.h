@@ -1,0 +1,83 @@
+// What the ops that multiply matrices share: packed panels of A, rows of W wherever they lie in memory, scratch
+// memory, and the tiling of a matmul into tasks.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <cstdint>
+#include <utility>
+
+#include "table.h"
+
+namespace polymoe {
+
+// The kernels' name of a tensor's dtype, which must be one of the four.
+Dtype kernel_dtype(at::ScalarType dtype);
+
+// Accumulators, biases and pre-activations are f32, and f64 for f64.
+inline int64_t accumulator_size(Dtype dtype) { return dtype == Dtype::f64 ? 8 : 4; }
+inline at::ScalarType accumulator_dtype(Dtype dtype) { return dtype == Dtype::f64 ? at::kDouble : at::kFloat; }
+
+// A matrix in memory, one row per row of A or of W: strides in bytes, `d` along the reduction.
+struct Operand {
+  const char* data;
+  int64_t row_stride;
+  int64_t d_stride;
+
+  Operand at(int64_t row) const { return {data + row * row_stride, row_stride, d_stride}; }
+};
+
+// Memory of the calling thread, 64-byte aligned, kept for the thread's next use of the same slot; contents undefined.
+enum class Scratch : int { panel, weights, accumulators, row, bias };
+char* scratch(Scratch slot, int64_t bytes);
+
+// Copies elements [0, d) of rows [0, rows) to out[row][element], whatever the strides.
+void copy_rows(const Operand& from, int64_t rows, int64_t d, int64_t element_size, char* out);
+
+// Rows of A packed for DenseGemm::multiply.
+class Panel {
+ public:
+  Panel(const DenseGemm& gemm, int64_t rows, int64_t d)
+      : gemm_(&gemm),
+        groups_(rows, gemm.max_rows),
+        step_bytes_(int64_t(gemm.step) * gemm.packed_size),
+        row_bytes_(row_bytes(gemm, d)),
+        rows_(rows) {}
+
+  static int64_t row_bytes(const DenseGemm& gemm, int64_t d) {
+    return (d + gemm.step - 1) / gemm.step * gemm.step * gemm.packed_size;
+  }
+  int64_t bytes() const { return rows_ * row_bytes_; }
+
+  // Packs elements [begin, begin + d) of a row from `source`, which holds just these; begin is a multiple of the step.
+  void pack(char* panel, int64_t row, const char* source, int64_t begin, int64_t d) const {
+    if (d == 0) return;
+    const int64_t group = groups_.group_of(row), first = groups_.first_row(group), rows = groups_.rows(group);
+    char* const place = panel + first * row_bytes_ + (begin / gemm_->step * rows + (row - first)) * step_bytes_;
+    gemm_->pack_row(source, d, place, rows * step_bytes_);
+  }
+
+ private:
+  const DenseGemm* gemm_;
+  RowGroups groups_;
+  int64_t step_bytes_, row_bytes_, rows_;
+};
+
+// How a matmul is cut into tasks of at most rows x columns outputs. Never shows in the results.
+struct Tiling {
+  int64_t rows, columns;
+};
+
+// `rows`: packed rows of `row_bytes` that stay in half of the L2 cache while weights stream past. `columns`: a
+// multiple of `unit` (but for a last, shorter block), small enough that `groups` matrices of `width` columns give every
+// thread several tasks, so that they finish together, and large enough that packing rows for a task is cheap.
+Tiling choose_tiling(int64_t width, int64_t unit, int64_t row_bytes, int64_t groups, int threads, int64_t l2_bytes);
+
+// One of `count` even parts of [0, total).
+inline std::pair<int64_t, int64_t> even_part(int64_t total, int64_t count, int64_t index) {
+  return {total * index / count, total * (index + 1) / count};
+}
+
+inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+}  // namespace polymoe
