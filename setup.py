@@ -20,6 +20,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
@@ -122,7 +123,7 @@ class CompileJob:
 class BuildExtension(build_ext):
     """build_ext with one compile per (source, ISA level)."""
 
-    user_options = [*build_ext.user_options, ("sanitize=", None, "instrument with a sanitizer: address or thread")]
+    user_options: ClassVar = [*build_ext.user_options, ("sanitize=", None, "instrument: address or thread")]
 
     def initialize_options(self) -> None:
         super().initialize_options()
@@ -151,15 +152,15 @@ class BuildExtension(build_ext):
         link = [*cxx, "-shared", "-fopenmp", *SANITIZERS[self.sanitize], *(str(job.object) for job in jobs)]
         link += [f"-L{torch / 'lib'}", "-ltorch_cpu", "-lc10", "-o", str(library)]
         linked_as = objects_dir / "link.cmd"
-        unchanged = library.exists() and linked_as.exists() and linked_as.read_text() == shlex.join(link)
-        if outdated or not unchanged:
+        identity = "\n".join([shlex.join(link), *(str(job.object.stat().st_mtime_ns) for job in jobs)])
+        if not (library.exists() and linked_as.exists() and linked_as.read_text() == identity):
             library.parent.mkdir(parents=True, exist_ok=True)
             library.unlink(missing_ok=True)  # a process that has it loaded keeps the old file
             subprocess.run(link, check=True)
-            linked_as.write_text(shlex.join(link))
+            linked_as.write_text(identity)
         (library.parent / BUILD_INFO).write_text(
             '"""What the extension beside this file was built against; written by setup.py."""\n\n'
-            f"TORCH_VERSION = {torch_version!r}\nISA_LEVELS = {tuple(isa_levels())!r}\nSANITIZE = {self.sanitize!r}\n"
+            f"TORCH_VERSION = {torch_version!r}\n"
         )
 
     def compile_jobs(self, cxx: list[str], torch: Path, objects_dir: Path, toolchain: str) -> list[CompileJob]:
@@ -181,9 +182,6 @@ class BuildExtension(build_ext):
         return jobs
 
     def compile_all(self, jobs: list[CompileJob]) -> None:
-        workers = (
-            self.parallel if isinstance(self.parallel, int) and self.parallel > 0 else len(os.sched_getaffinity(0))
-        )
         count = 0
 
         def compile_one(job: CompileJob) -> None:
@@ -196,7 +194,7 @@ class BuildExtension(build_ext):
             where = f"{job.source} ({job.object.parent.name})"
             print(f"[{count}/{len(jobs)}] {where}  {time.monotonic() - started:.1f} s", flush=True)
 
-        with ThreadPoolExecutor(workers) as pool:
+        with ThreadPoolExecutor(int(self.parallel or len(os.sched_getaffinity(0)))) as pool:
             futures = [pool.submit(compile_one, job) for job in jobs]
             errors = [error for future in futures if (error := future.exception())]
         if errors:

@@ -40,22 +40,6 @@ py::dict cache_sizes_dict() {
   return bytes;
 }
 
-// How many threads a parallel region really used, and whether every task ran exactly once.
-py::tuple probe_threads(int tasks) {
-  std::vector<int> runs(tasks, 0);
-  std::vector<std::thread::id> ids(tasks);
-  {
-    const py::gil_scoped_release unlocked;
-    parallel_region(tasks, [&](int task) {
-      ++runs[task];
-      ids[task] = std::this_thread::get_id();
-    });
-  }
-  std::sort(ids.begin(), ids.end());
-  const auto threads = std::unique(ids.begin(), ids.end()) - ids.begin();
-  return py::make_tuple(threads, std::all_of(runs.begin(), runs.end(), [](int n) { return n == 1; }));
-}
-
 }  // namespace
 
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
@@ -71,7 +55,6 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("cache_sizes", &cache_sizes_dict);
   m.def("num_threads", &num_threads);
   m.def("in_forked_child", &in_forked_child);
-  m.def("probe_threads", &probe_threads);
   m.def("torch_version", [] { return TORCH_VERSION; });
 }
 

@@ -33,8 +33,5 @@ def num_threads() -> int:
 def in_forked_child() -> bool:
     """True in a child forked after the extension was loaded, where ops run on one thread."""
 
-def probe_threads(tasks: int) -> tuple[int, bool]:
-    """Run a parallel region of `tasks` tasks: the number of threads it used, and whether each task ran once."""
-
 def torch_version() -> str:
     """The torch version this extension was compiled against."""
