@@ -43,8 +43,8 @@ class Backend(Protocol):
 
 @dataclass(frozen=True)
 class OpSpec:
-    """What the hardware abstraction layer knows of an op. `subject` is the tensor argument whose device and dtype select
-    the backend; `options` are the string arguments that do."""
+    """What the hardware abstraction layer knows of an op. `subject` is the tensor argument whose device and dtype the
+    choice of a backend depends on; `options` are the string arguments that it may depend on."""
 
     name: str
     subject: str

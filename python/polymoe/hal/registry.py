@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
-from importlib.metadata import entry_points
+from importlib.metadata import EntryPoint, entry_points
 from typing import Any
 
 from polymoe.backends.cpu import CpuBackend
@@ -76,13 +76,18 @@ def _load_entry_points() -> None:
         return
     _entry_points_loaded = True
     for entry in entry_points(group=ENTRY_POINT_GROUP):
-        try:
-            loaded = entry.load()
-            register_backend(loaded() if callable(loaded) else loaded)
-        except Exception as error:  # whatever a stranger's package raises must not break the process, nor be hidden
-            warnings.warn(f"polymoe: backend {entry.name!r} could not be loaded: {error}", stacklevel=3)
-            if entry.name not in _outside:
-                register_backend(BrokenBackend(entry.name, error))
+        _load_entry_point(entry)
+
+
+def _load_entry_point(entry: EntryPoint) -> None:
+    try:
+        loaded = entry.load()
+        register_backend(loaded() if callable(loaded) else loaded)
+    except Exception as error:  # whatever a stranger's package raises must not break the process, nor be hidden
+        broken = BrokenBackend(entry.name, error)
+        warnings.warn(f"polymoe: backend {broken.name}: {broken.reason}", stacklevel=4)
+        if find(broken.name) is None:
+            register_backend(broken)
 
 
 def all_backends() -> tuple[Backend, ...]:
@@ -103,3 +108,10 @@ def find(name: str) -> Backend | None:
             return backend
     _load_entry_points()
     return _outside.get(name)
+
+
+def get(name: str) -> Backend:
+    """The backend of a name that selection has returned."""
+    backend = find(name)
+    assert backend is not None
+    return backend

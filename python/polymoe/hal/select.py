@@ -32,7 +32,7 @@ _decisions: dict[tuple[str, str, torch.dtype, tuple[str, ...], str | None], str]
 registry.on_change(_decisions.clear)
 
 
-class use_backend:  # noqa: N801  (a context manager reads as a function)
+class use_backend:
     """Context manager: inside it, ops of this thread use the backend `name` unless one is given explicitly.
 
     Works inside and around code under torch.compile(fullgraph=True): the choice is a constant of the compiled graph,

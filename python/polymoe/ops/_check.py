@@ -1,13 +1,13 @@
 """Argument checks shared by the ops. Every failure is one ValueError of the form
-``polymoe.<op>: <argument>: expected <accepted>, got <what came>``.
+``polymoe.<op>: <argument>: expected <accepted>, got <what came>``, in the words that the C++ kernels use too.
 
-The helpers build their message only on failure: the same checks run inside the fake kernels, where formatting a symbolic
-size would be wasted work.
+The helpers build their message only on failure: the checks also run inside the fake kernels, where formatting a
+symbolic size would be wasted work.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NoReturn
 
 import torch
@@ -27,37 +27,39 @@ def name_of(dtype: torch.dtype) -> str:
 
 
 def names_of(dtypes: Sequence[torch.dtype]) -> str:
-    return " or ".join(dict.fromkeys(name_of(dtype) for dtype in dtypes))
+    """ "float32, bfloat16 or float16" """
+    *others, last = dict.fromkeys(name_of(dtype) for dtype in dtypes)
+    return f"{', '.join(others)} or {last}" if others else last
 
 
-def shape_of(tensor: Tensor) -> str:
-    return "[" + ", ".join(str(size) for size in tensor.shape) + "]"
-
-
-def rank(op: str, argument: str, tensor: Tensor, letters: str) -> None:
-    """`letters` such as "[T, E]": one letter per dimension."""
-    if tensor.dim() != letters.count(",") + 1:
-        fail(op, argument, f"shape {letters}", f"shape {shape_of(tensor)}")
-
-
-def shape(op: str, argument: str, tensor: Tensor, letters: str, sizes: Sequence[int]) -> None:
-    if tensor.dim() != len(sizes) or any(have != want for have, want in zip(tensor.shape, sizes, strict=True)):
-        fail(op, argument, f"shape {letters} = [{', '.join(map(str, sizes))}]", f"shape {shape_of(tensor)}")
+def describe(tensor: Tensor) -> str:
+    """ "float32 [3, 4]", with " on <device>" for a tensor that is not on the CPU."""
+    sizes = ", ".join(str(size) for size in tensor.shape)
+    return f"{name_of(tensor.dtype)} [{sizes}]" + ("" if tensor.device.type == "cpu" else f" on {tensor.device}")
 
 
 def dtype(op: str, argument: str, tensor: Tensor, accepted: Sequence[torch.dtype]) -> None:
     if tensor.dtype not in accepted:
-        fail(op, argument, names_of(accepted), name_of(tensor.dtype))
+        fail(op, argument, names_of(accepted), describe(tensor))
+
+
+def shape(op: str, argument: str, tensor: Tensor, dims: Mapping[str, int | None]) -> None:
+    """`dims`: the letter of each dimension, and its size where it is known."""
+    if tensor.dim() != len(dims) or any(
+        want is not None and have != want for have, want in zip(tensor.shape, dims.values(), strict=True)
+    ):
+        letters = (letter if size is None else f"{letter}={size}" for letter, size in dims.items())
+        fail(op, argument, f"a tensor [{', '.join(letters)}]", describe(tensor))
 
 
 def device(op: str, argument: str, tensor: Tensor, like: Tensor) -> None:
     if tensor.device != like.device:
-        fail(op, argument, f"device {like.device}", f"device {tensor.device}")
+        fail(op, argument, f"a tensor on {like.device}", f"{name_of(tensor.dtype)} on {tensor.device}")
 
 
 def choice(op: str, argument: str, value: str, accepted: Sequence[str]) -> None:
     if value not in accepted:
-        fail(op, argument, "one of " + ", ".join(accepted), repr(value))
+        fail(op, argument, "one of " + ", ".join(accepted), f'"{value}"')
 
 
 def output_dtype(op: str, out_dtype: torch.dtype | None, input_dtype: torch.dtype) -> torch.dtype:
@@ -70,9 +72,8 @@ def output_dtype(op: str, out_dtype: torch.dtype | None, input_dtype: torch.dtyp
     return out_dtype
 
 
-def routing_weights(
-    op: str, weights: Tensor, dtypes: Sequence[torch.dtype], slots: Sequence[int], like: Tensor
-) -> None:
-    dtype(op, "weights", weights, (torch.float32, *dtypes))
-    shape(op, "weights", weights, "[T, K]", slots)
-    device(op, "weights", weights, like)
+def routing_weights(op: str, weights: Tensor, others: Sequence[torch.dtype], slots: Sequence[int], x: Tensor) -> None:
+    """Weights [T, K] in float32 or one of the `others`, beside the tensor `x`; `slots` is (T, K)."""
+    dtype(op, "weights", weights, (torch.float32, *others))
+    shape(op, "weights", weights, {"T": slots[0], "K": slots[1]})
+    device(op, "weights", weights, x)

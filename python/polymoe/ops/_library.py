@@ -1,8 +1,9 @@
 """The torch.library side of the ops: one schema each, defined here for every backend.
 
 An op is defined twice, as `polymoe::<op>` and as the overload `polymoe::<op>.routed`. The first is what users and
-graphs hold; C++ registers its CPU kernel there. Both have a Python kernel for every device (the router), which calls the
-backend named by the schema argument `backend`. A C++ kernel that is asked for another backend forwards to the overload.
+graphs hold; C++ registers its CPU kernel there. Both have a Python kernel for every device (the router), which calls
+the backend named by the schema argument `backend`. A C++ kernel that is asked for another backend forwards to the
+overload.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from typing import Any, NoReturn
 import torch
 
 from polymoe.hal.problem import OPS, OpSpec
-from polymoe.hal.registry import find
+from polymoe.hal.registry import get
 from polymoe.hal.select import choose
 
 LIB = torch.library.Library("polymoe", "DEF")
@@ -28,7 +29,8 @@ def define_op(
 ) -> Callable[..., Any]:
     """Defines the op `polymoe::<name>` and returns the function that calls it.
 
-    signature  "(arguments, *, str backend=\\"\\") -> (results)"; the first argument is the tensor that selects the backend
+    signature  "(arguments, *, str backend=\\"\\") -> (results)"; the first argument is the tensor that selects the
+               backend
     check      takes the arguments without `backend`; raises ValueError if no backend may serve them
     fake       takes the same arguments, already checked; returns the results without data
     options    names of the string arguments that the choice of a backend may depend on
@@ -37,8 +39,7 @@ def define_op(
     def route(*args: Any, backend: str = "") -> Any:
         check(*args)
         chosen = choose(name, args[0].device.type, args[0].dtype, option_values(args), backend or None)
-        implementation = find(chosen).implementation(name)  # type: ignore[union-attr]
-        return implementation(*args)
+        return get(chosen).implementation(name)(*args)
 
     def checked_fake(*args: Any, backend: str = "") -> Any:
         check(*args)

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -42,11 +43,11 @@ def check_kind(op: str, argument: str, kind: str, alpha: float | None, limit: fl
     for name, value, use in (("alpha", alpha, accepts.alpha), ("limit", limit, accepts.limit)):
         if value is None:
             if use == "required":
-                check_that.fail(op, name, f"a number > 0 for {kind}", None)
+                check_that.fail(op, name, f"a number for {kind}", None)
         elif use == "none":
-            check_that.fail(op, name, f"None for {kind}", value)
-        elif not value > 0:
-            check_that.fail(op, name, "a number > 0", value)
+            check_that.fail(op, name, f"nothing for {kind}", value)
+        elif not 0 < value < math.inf:
+            check_that.fail(op, name, "a positive finite number", value)
     if interleaved and not accepts.gated:
         check_that.fail(op, "interleaved", f"False for {kind}, which has no gate", True)
 
@@ -63,22 +64,22 @@ def check(
 ) -> None:
     op = "activate"
     check_that.dtype(op, "h", h, check_that.FLOATS)
-    check_that.rank(op, "h", h, "[S, 2I]")
     check_kind(op, "kind", kind, alpha, limit, interleaved)
+    check_that.shape(op, "h", h, {"S": None, "2I" if KINDS[kind].gated else "I": None})
     if KINDS[kind].gated and h.shape[1] % 2 != 0:
-        check_that.fail(op, "h", f"an even number of columns for {kind}", f"shape {check_that.shape_of(h)}")
+        check_that.fail(op, "h", f"an even number of columns for {kind}", check_that.describe(h))
     out_dtype = check_that.output_dtype(op, out_dtype, h.dtype)
     if row_slot is not None:
         check_that.dtype(op, "row_slot", row_slot, check_that.INT32)
-        check_that.shape(op, "row_slot", row_slot, "[S]", (h.shape[0],))
+        check_that.shape(op, "row_slot", row_slot, {"S": h.shape[0]})
         check_that.device(op, "row_slot", row_slot, h)
     if weights is not None:
         if row_slot is None:
-            check_that.fail(op, "weights", "None without a plan", "weights")
+            check_that.fail(op, "weights", "nothing without a plan", check_that.describe(weights))
         check_that.dtype(op, "weights", weights, (torch.float32, h.dtype, out_dtype))
-        check_that.rank(op, "weights", weights, "[T, K]")
+        check_that.shape(op, "weights", weights, {"T": None, "K": None})
         if weights.shape[0] * weights.shape[1] != h.shape[0]:
-            check_that.fail(op, "weights", f"T*K = S = {h.shape[0]} slots", f"shape {check_that.shape_of(weights)}")
+            check_that.fail(op, "weights", f"a tensor [T, K] of T*K = S = {h.shape[0]}", check_that.describe(weights))
         check_that.device(op, "weights", weights, h)
 
 
@@ -121,18 +122,19 @@ def activate(
     """Applies the activation between the two expert matmuls, and the routing weight where it belongs there.
 
     Args:
-        h: [S, 2I] for the gated kinds: the gate g and the up half u side by side, or in turns if `interleaved` (g in the
-            even columns); [S, I] for the others. float32, bfloat16, float16 or float64.
+        h: [S, 2I] for the gated kinds: the gate g and the up half u side by side, or in turns if `interleaved` (g in
+            the even columns); [S, I] for the others. float32, bfloat16, float16 or float64.
         kind: gated, with silu(z) = z * sigmoid(z):
             "swiglu": silu(g) * u (arXiv 2002.05202).
             "swiglu_clamped": swiglu of min(g, limit) and clamp(u, -limit, limit) (DeepSeek-V4).
             "swiglu_clamped_after": min(silu(g), limit) * clamp(u, -limit, limit) (Step3p7).
             "swiglu_oai": g * sigmoid(alpha * g) * (u + 1), g and u clamped as in swiglu_clamped if a limit is given;
                 alpha is 1.702 by default (gpt-oss).
-            "geglu": gelu(g) * u with the error function; "geglu_tanh" with its tanh approximation; "reglu": relu(g) * u.
+            "geglu": gelu(g) * u with the error function; "geglu_tanh": with its tanh approximation.
+            "reglu": relu(g) * u.
             "softcapped": alpha * tanh(g / alpha) * sigmoid(g) * limit * tanh(u / limit) (Inkling2, SiTU).
             ungated: "silu", "gelu" (error function), "gelu_tanh", "relu", "relu2" (relu squared).
-        alpha, limit: > 0; only for the kinds whose formula names them.
+        alpha, limit: positive and finite; only for the kinds whose formula names them.
         plan: makes padding rows zero, whatever h holds there.
         weights: [T, K] float32, h's dtype or out_dtype: multiplies row r by the weight of its slot, before the rounding
             (routing weights on the activation, as in DeepSeek's own code). Needs the plan.

@@ -5,16 +5,19 @@ from torch import Tensor
 from polymoe.hal.select import select
 from polymoe.ops import _check as check_that
 from polymoe.ops._library import define_op
-from polymoe.ops.plan import Plan, check_plan
+from polymoe.ops.plan import Plan
 
 
 def check(x: Tensor, row_slot: Tensor, slot_row: Tensor, weights: Tensor | None = None) -> None:
     op = "dispatch"
     check_that.dtype(op, "x", x, check_that.FLOATS)
-    check_that.rank(op, "x", x, "[T, H]")
-    check_plan(op, row_slot, slot_row, x)
-    if slot_row.shape[0] != x.shape[0]:
-        check_that.fail(op, "slot_row", f"T = {x.shape[0]} rows as in x", slot_row.shape[0])
+    check_that.shape(op, "x", x, {"T": None, "H": None})
+    check_that.dtype(op, "slot_row", slot_row, check_that.INT32)
+    check_that.shape(op, "slot_row", slot_row, {"T": x.shape[0], "K": None})
+    check_that.device(op, "slot_row", slot_row, x)
+    check_that.dtype(op, "row_slot", row_slot, check_that.INT32)
+    check_that.shape(op, "row_slot", row_slot, {"S": slot_row.shape[0] * slot_row.shape[1]})
+    check_that.device(op, "row_slot", row_slot, x)
     if weights is not None:
         check_that.routing_weights(op, weights, (x.dtype,), slot_row.shape, x)
 

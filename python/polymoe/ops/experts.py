@@ -29,51 +29,47 @@ def check(
 ) -> None:
     op = "experts"
     check_that.dtype(op, "x", x, check_that.FLOATS)
-    check_that.rank(op, "x", x, "[T, H]")
+    check_that.shape(op, "x", x, {"T": None, "H": None})
     check_kind(op, "activation", activation, alpha, limit, interleaved)
     check_that.choice(op, "weight_placement", weight_placement, WEIGHT_PLACEMENTS)
     E, P = _check_projections(x, gate_up, down, activation, transposed)
     check_that.dtype(op, "ids", ids, check_that.IDS)
-    check_that.rank(op, "ids", ids, "[T, K]")
-    if ids.shape[0] != x.shape[0]:
-        check_that.fail(op, "ids", f"T = {x.shape[0]} rows as in x", f"shape {check_that.shape_of(ids)}")
+    check_that.shape(op, "ids", ids, {"T": x.shape[0], "K": None})
     if ids.numel() >= 2**31:
-        check_that.fail(op, "ids", "fewer than 2^31 slots", f"{ids.numel()} slots")
+        check_that.fail(op, "ids", "fewer than 2^31 slots", check_that.describe(ids))
     check_that.device(op, "ids", ids, x)
     check_that.routing_weights(op, weights, (x.dtype,), ids.shape, x)
-    for name, bias, width, letters in (
-        ("gate_up_bias", gate_up_bias, P, "[E, I]" if not KINDS[activation].gated else "[E, 2I]"),
-        ("down_bias", down_bias, x.shape[1], "[E, H]"),
+    for name, bias, letter, width in (
+        ("gate_up_bias", gate_up_bias, _up(activation), P),
+        ("down_bias", down_bias, "H", x.shape[1]),
     ):
         if bias is not None:
             check_that.dtype(op, name, bias, (x.dtype, torch.float32))
-            check_that.shape(op, name, bias, letters, (E, width))
+            check_that.shape(op, name, bias, {"E": E, letter: width})
             check_that.device(op, name, bias, x)
 
 
+def _up(activation: str) -> str:
+    """The letter of the width of the gate/up projection."""
+    return "2I" if KINDS[activation].gated else "I"
+
+
 def _check_projections(x: Tensor, gate_up: Tensor, down: Tensor, activation: str, transposed: bool) -> tuple[int, int]:
-    """Returns E and the width of the gate/up projection: 2I, or I if the activation is ungated."""
-    op, H = "experts", x.shape[1]
-    up = "2I" if KINDS[activation].gated else "I"
-    for name, weight, letters in (
-        ("gate_up", gate_up, f"[E, H, {up}]" if transposed else f"[E, {up}, H]"),
-        ("down", down, "[E, I, H]" if transposed else "[E, H, I]"),
-    ):
+    """Returns E and the width of the gate/up projection."""
+    op, H, up = "experts", x.shape[1], _up(activation)
+
+    def check_weight(name: str, weight: Tensor, E: int | None, rows: dict[str, int | None]) -> None:
         check_that.dtype(op, name, weight, (x.dtype,))
-        check_that.rank(op, name, weight, letters)
+        check_that.shape(op, name, weight, {"E": E} | (dict(reversed(rows.items())) if transposed else rows))
         check_that.device(op, name, weight, x)
+
+    check_weight("gate_up", gate_up, None, {up: None, "H": H})
     E, P = gate_up.shape[0], gate_up.shape[2 if transposed else 1]
     if E < 1:
-        check_that.fail(op, "gate_up", "at least 1 expert", f"shape {check_that.shape_of(gate_up)}")
-    if KINDS[activation].gated and P % 2 != 0:
-        check_that.fail(op, "gate_up", f"an even 2I for {activation}", f"shape {check_that.shape_of(gate_up)}")
-    I = P // 2 if KINDS[activation].gated else P  # noqa: E741
-    if transposed:
-        check_that.shape(op, "gate_up", gate_up, f"[E, H, {up}]", (E, H, P))
-        check_that.shape(op, "down", down, "[E, I, H]", (E, I, H))
-    else:
-        check_that.shape(op, "gate_up", gate_up, f"[E, {up}, H]", (E, P, H))
-        check_that.shape(op, "down", down, "[E, H, I]", (E, H, I))
+        check_that.fail(op, "gate_up", "at least 1 expert", check_that.describe(gate_up))
+    if up == "2I" and P % 2 != 0:
+        check_that.fail(op, "gate_up", f"an even 2I for {activation}", check_that.describe(gate_up))
+    check_weight("down", down, E, {"H": H, "I": P // 2 if up == "2I" else P})
     return E, P
 
 
@@ -136,13 +132,13 @@ def experts(
     *,
     backend: str | None = None,
 ) -> Tensor:
-    """The routed experts of a Mixture-of-Experts layer as one op: for every token, the weighted sum over its experts e of
-    activation(x @ gate_up[e]^T) @ down[e]^T.
+    """The routed experts of a Mixture-of-Experts layer as one op: for every token, the weighted sum over its experts e
+    of activation(x @ gate_up[e]^T) @ down[e]^T.
 
     Args:
         x: [T, H], float32, bfloat16, float16 or float64.
-        gate_up: [E, 2I, H] of x's dtype: the gate rows, then the up rows, or in turns if `interleaved`; [E, I, H] for an
-            ungated activation. With `transposed`: [E, H, 2I] or [E, H, I].
+        gate_up: [E, 2I, H] of x's dtype: the gate rows, then the up rows, or in turns if `interleaved`; [E, I, H] for
+            an ungated activation. With `transposed`: [E, H, 2I] or [E, H, I].
         down: [E, H, I] of x's dtype; with `transposed`: [E, I, H].
         weights: [T, K] float32 or x's dtype: the routing weights, used in float32.
         ids: [T, K] int32 or int64: the experts of every token. An id < 0 or >= E skips its slot.

@@ -27,7 +27,7 @@ def check(
 ) -> None:
     op = "gate"
     check_that.dtype(op, "logits", logits, check_that.FLOATS)
-    check_that.rank(op, "logits", logits, "[T, E]")
+    check_that.shape(op, "logits", logits, {"T": None, "E": None})
     T, E = logits.shape
     if not 1 <= k <= E:
         check_that.fail(op, "k", f"1 <= k <= E = {E}", k)
@@ -36,19 +36,19 @@ def check(
     _check_groups(k, E, n_group, topk_group, group_top)
     if bias is not None:
         check_that.dtype(op, "bias", bias, _bias_dtypes(logits))
-        check_that.shape(op, "bias", bias, "[E]", (E,))
+        check_that.shape(op, "bias", bias, {"E": E})
         check_that.device(op, "bias", bias, logits)
     if indices is not None:
         check_that.dtype(op, "indices", indices, check_that.IDS)
-        check_that.shape(op, "indices", indices, "[T, K]", (T, k))
+        check_that.shape(op, "indices", indices, {"T": T, "K": k})
         check_that.device(op, "indices", indices, logits)
         if n_group > 1:
-            check_that.fail(op, "indices", "None where n_group > 1", "indices")
+            check_that.fail(op, "indices", "nothing where n_group > 1", check_that.describe(indices))
         if bias is not None:
-            check_that.fail(op, "indices", "None where a bias is given", "indices")
+            check_that.fail(op, "indices", "nothing where a bias is given", check_that.describe(indices))
     if token_mask is not None:
         check_that.dtype(op, "token_mask", token_mask, (torch.bool,))
-        check_that.shape(op, "token_mask", token_mask, "[T]", (T,))
+        check_that.shape(op, "token_mask", token_mask, {"T": T})
         check_that.device(op, "token_mask", token_mask, logits)
 
 

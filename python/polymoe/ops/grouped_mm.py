@@ -18,20 +18,20 @@ def check(
     op = "grouped_mm"
     check_that.dtype(op, "a", a, check_that.FLOATS)
     if a.dim() not in (2, 3):
-        check_that.fail(op, "a", "2 or 3 dimensions", f"shape {check_that.shape_of(a)}")
+        check_that.fail(op, "a", "2 or 3 dimensions", check_that.describe(a))
     check_that.dtype(op, "b", b, (a.dtype,))
     if b.dim() not in (2, 3):
-        check_that.fail(op, "b", "2 or 3 dimensions", f"shape {check_that.shape_of(b)}")
+        check_that.fail(op, "b", "2 or 3 dimensions", check_that.describe(b))
     check_that.device(op, "b", b, a)
     if a.shape[-1] != b.shape[-2]:
-        check_that.fail(op, "b", f"D = {a.shape[-1]} rows, as a has columns", f"shape {check_that.shape_of(b)}")
+        check_that.fail(op, "b", f"D = {a.shape[-1]} rows, as a has columns", check_that.describe(b))
     groups = _check_groups(a, b, offs)
     if bias is not None:
         check_that.dtype(op, "bias", bias, (a.dtype, torch.float32))
         if b.dim() == 2 and a.dim() == 3:
-            check_that.shape(op, "bias", bias, "[N]", (b.shape[-1],))
+            check_that.shape(op, "bias", bias, {"N": b.shape[-1]})
         else:
-            check_that.shape(op, "bias", bias, "[G, N]", (groups, b.shape[-1]))
+            check_that.shape(op, "bias", bias, {"G": groups, "N": b.shape[-1]})
         check_that.device(op, "bias", bias, a)
     check_that.output_dtype(op, out_dtype, a.dtype)
 
@@ -41,17 +41,17 @@ def _check_groups(a: Tensor, b: Tensor, offs: Tensor | None) -> int:
     op = "grouped_mm"
     if a.dim() == 3 and b.dim() == 3:
         if offs is not None:
-            check_that.fail(op, "offs", "None where a and b have 3 dimensions", "offs")
+            check_that.fail(op, "offs", "nothing where a and b have 3 dimensions", check_that.describe(offs))
         if a.shape[0] != b.shape[0]:
-            check_that.fail(op, "b", f"G = {a.shape[0]} matrices, as in a", f"shape {check_that.shape_of(b)}")
+            check_that.fail(op, "b", f"G = {a.shape[0]} matrices, as in a", check_that.describe(b))
         return a.shape[0]
     if offs is None:
         check_that.fail(op, "offs", "offsets [G] where a or b has 2 dimensions", None)
     check_that.dtype(op, "offs", offs, check_that.IDS)
-    check_that.rank(op, "offs", offs, "[G]")
+    check_that.shape(op, "offs", offs, {"G": None})
     check_that.device(op, "offs", offs, a)
     if a.dim() == 3 or b.dim() == 3:
-        check_that.shape(op, "offs", offs, "[G]", ((a if a.dim() == 3 else b).shape[0],))
+        check_that.shape(op, "offs", offs, {"G": (a if a.dim() == 3 else b).shape[0]})
     return offs.shape[0]
 
 
@@ -102,8 +102,8 @@ def grouped_mm(
         out_dtype: dtype of the result, by default a's; float64 if and only if a is float64.
 
     Returns:
-        Contiguous. Sums are float32 (float64 for float64), the bias is added in float32, and the result is rounded once.
-        Rows (or columns) from offs[-1] on are zero, without bias.
+        Contiguous. Sums are float32 (float64 for float64), the bias is added in float32, and the result is rounded
+        once. Rows (or columns) from offs[-1] on are zero, without bias.
 
     Raises:
         ValueError: any other shape, dtype, device; offsets as above.

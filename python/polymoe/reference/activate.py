@@ -59,5 +59,6 @@ def _gated(gate: Tensor, up: Tensor, kind: str, alpha: float | None, limit: floa
         return F.gelu(gate, approximate="tanh") * up
     if kind == "reglu":
         return F.relu(gate) * up
-    assert kind == "softcapped" and alpha is not None and limit is not None
+    assert alpha is not None
+    assert limit is not None
     return alpha * torch.tanh(gate / alpha) * torch.sigmoid(gate) * limit * torch.tanh(up / limit)
