@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -33,3 +33,27 @@ class CpuBackend:
             return overload(*args, **kwargs, backend="cpu")
 
         return kernel
+
+    def notes(self, op: str, problem: Problem, arguments: Mapping[str, Any]) -> list[str]:
+        """Remarks for explain(): what on this path costs extra."""
+        notes = []
+        if problem.dtype == torch.float64:
+            notes.append("float64 is served at the portable level")
+        if extension is not None and extension.in_forked_child():
+            notes.append("this process was forked after polymoe was imported: ops run on one thread")
+        notes += [
+            f"{name}: not contiguous along the reduction, so tiles of it are copied before they are multiplied"
+            for name, weight, reduction in _weights(op, arguments)
+            if isinstance(weight, torch.Tensor) and weight.shape[reduction] > 1 and weight.stride(reduction) != 1
+        ]
+        return notes
+
+
+def _weights(op: str, arguments: Mapping[str, Any]) -> list[tuple[str, Any, int]]:
+    """The matrices that `op` multiplies by, and the dimension it sums over."""
+    if op == "grouped_mm":
+        return [("b", arguments["b"], -2)]
+    if op == "experts":
+        reduction = 1 if arguments["transposed"] else 2
+        return [(name, arguments[name], reduction) for name in ("gate_up", "down")]
+    return []

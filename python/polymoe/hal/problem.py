@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
@@ -44,12 +44,12 @@ class Backend(Protocol):
 @dataclass(frozen=True)
 class OpSpec:
     """What the hardware abstraction layer knows of an op. `subject` is the tensor argument whose device and dtype the
-    choice of a backend depends on; `options` are the string arguments that it may depend on."""
+    choice of a backend depends on; `options` are the string arguments that it may depend on, with their defaults."""
 
     name: str
     subject: str
-    options: tuple[str, ...]
-    wrapper: Callable[..., Any] | None = None
+    options: Mapping[str, str]
+    wrapper: Callable[..., Any]
 
 
 OPS: dict[str, OpSpec] = {}

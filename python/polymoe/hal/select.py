@@ -80,7 +80,7 @@ def decide(problem: Problem, requested: str | None) -> str:
     raise AssertionError("the reference serves every problem")
 
 
-@torch._dynamo.assume_constant_result  # type: ignore[untyped-decorator]
+@torch._dynamo.assume_constant_result
 def _decide_in_graph(
     op: str, device_type: str, dtype: torch.dtype, options: tuple[str, ...], requested: str | None
 ) -> str:
@@ -96,8 +96,19 @@ def choose(op: str, device_type: str, dtype: torch.dtype, options: tuple[str, ..
     return chosen
 
 
+def requested_by(backend: str | None) -> tuple[str | None, str]:
+    """The backend asked for, if any, and in words what decides: `select` spells out the same order, for speed."""
+    if backend is not None:
+        return backend, "explicit argument"
+    if _scope.name is not None:
+        return _scope.name, "use_backend"
+    if _environment is not None:
+        return _environment, f"environment variable {ENVIRONMENT_VARIABLE}"
+    return None, "the best that serves this call"
+
+
 def select(op: str, subject: Tensor, options: tuple[str, ...], backend: str | None) -> str:
-    """The name of the backend for a call of `op` whose leading tensor is `subject`."""
+    """The name of the backend for a call of `op` with the leading tensor `subject` and the argument `backend`."""
     requested = backend if backend is not None else _scope.name or _environment
     if torch.compiler.is_compiling():
         return _decide_in_graph(op, subject.device.type, subject.dtype, options, requested)

@@ -1,6 +1,7 @@
 """The ops: one file each with schema, public wrapper, checks and fake kernel."""
 
 from polymoe.ops.activate import activate
+from polymoe.ops.balance import balance_loss, expert_counts, update_bias
 from polymoe.ops.combine import combine
 from polymoe.ops.dispatch import dispatch
 from polymoe.ops.experts import experts
@@ -8,4 +9,16 @@ from polymoe.ops.gate import gate
 from polymoe.ops.grouped_mm import grouped_mm
 from polymoe.ops.plan import Plan, plan
 
-__all__ = ["Plan", "activate", "combine", "dispatch", "experts", "gate", "grouped_mm", "plan"]
+__all__ = [
+    "Plan",
+    "activate",
+    "balance_loss",
+    "combine",
+    "dispatch",
+    "expert_counts",
+    "experts",
+    "gate",
+    "grouped_mm",
+    "plan",
+    "update_bias",
+]

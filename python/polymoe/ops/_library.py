@@ -8,8 +8,10 @@ overload.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, NoReturn
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from types import MappingProxyType
+from typing import Any, NoReturn, TypeVar
 
 import torch
 
@@ -18,6 +20,7 @@ from polymoe.hal.registry import get
 from polymoe.hal.select import choose
 
 LIB = torch.library.Library("polymoe", "DEF")
+Wrapper = TypeVar("Wrapper", bound=Callable[..., Any])
 
 
 def define_op(
@@ -25,7 +28,7 @@ def define_op(
     signature: str,
     check: Callable[..., None],
     fake: Callable[..., Any],
-    options: tuple[str, ...] = (),
+    options: Mapping[str, str] = MappingProxyType({}),
 ) -> Callable[..., Any]:
     """Defines the op `polymoe::<name>` and returns the function that calls it.
 
@@ -33,7 +36,7 @@ def define_op(
                backend
     check      takes the arguments without `backend`; raises ValueError if no backend may serve them
     fake       takes the same arguments, already checked; returns the results without data
-    options    names of the string arguments that the choice of a backend may depend on
+    options    the string arguments that the choice of a backend may depend on, with their defaults
     """
 
     def route(*args: Any, backend: str = "") -> Any:
@@ -59,10 +62,8 @@ def define_op(
         torch.library.register_autograd(qualified, backward, lib=LIB)
 
     op = getattr(torch.ops.polymoe, name).default
-    arguments = op._schema.arguments
-    names = [argument.name for argument in arguments]
-    option_slots = [(names.index(option), arguments[names.index(option)].default_value) for option in options]
-    OPS[name] = OpSpec(name, subject=names[0], options=options)
+    names = [argument.name for argument in op._schema.arguments]
+    option_slots = [(names.index(option), default) for option, default in options.items()]
 
     def option_values(args: tuple[Any, ...]) -> tuple[str, ...]:
         # The dispatcher drops trailing arguments that equal their defaults.
@@ -75,4 +76,12 @@ def define_op(
         with torch._C._AutoDispatchBelowAutograd():
             return op(*args, backend=backend)
 
+    OPS[name] = OpSpec(name, subject=names[0], options=options, wrapper=call)
     return call
+
+
+def public(wrapper: Wrapper) -> Wrapper:
+    """Decorator for the function that users call: `explain` reads its signature. It has the name of its op."""
+    name = wrapper.__name__
+    OPS[name] = replace(OPS[name], wrapper=wrapper)
+    return wrapper

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from polymoe.hal.select import select
 from polymoe.ops import _check as check_that
-from polymoe.ops._library import define_op
+from polymoe.ops._library import define_op, public
 from polymoe.ops.plan import Plan
 
 
@@ -103,10 +103,11 @@ _activate = define_op(
     'Tensor? weights=None, ScalarType? out_dtype=None, *, str backend="") -> Tensor',
     check,
     fake,
-    options=("kind",),
+    options={"kind": "swiglu"},
 )
 
 
+@public
 def activate(
     h: Tensor,
     kind: str,
@@ -149,6 +150,4 @@ def activate(
     """
     row_slot = None if plan is None else plan.row_slot
     chosen = select("activate", h, (kind,), backend)
-    return _activate(  # type: ignore[no-any-return]
-        h, kind, alpha, limit, interleaved, row_slot, weights, out_dtype, backend=chosen
-    )
+    return _activate(h, kind, alpha, limit, interleaved, row_slot, weights, out_dtype, backend=chosen)

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from polymoe.hal.select import select
 from polymoe.ops import _check as check_that
-from polymoe.ops._library import define_op
+from polymoe.ops._library import define_op, public
 from polymoe.ops.plan import Plan
 
 
@@ -33,6 +33,7 @@ _combine = define_op(
 )
 
 
+@public
 def combine(
     y: Tensor,
     plan: Plan,
@@ -56,6 +57,4 @@ def combine(
     Raises:
         ValueError: any other shape, dtype or device.
     """
-    return _combine(  # type: ignore[no-any-return]
-        y, plan.slot_row, weights, out_dtype, backend=select("combine", y, (), backend)
-    )
+    return _combine(y, plan.slot_row, weights, out_dtype, backend=select("combine", y, (), backend))

@@ -4,7 +4,7 @@ from torch import Tensor
 
 from polymoe.hal.select import select
 from polymoe.ops import _check as check_that
-from polymoe.ops._library import define_op
+from polymoe.ops._library import define_op, public
 from polymoe.ops.plan import Plan
 
 
@@ -34,6 +34,7 @@ _dispatch = define_op(
 )
 
 
+@public
 def dispatch(x: Tensor, plan: Plan, weights: Tensor | None = None, *, backend: str | None = None) -> Tensor:
     """Copies every token to the rows of its experts: row r is x[row_slot[r] // K], times its routing weight if given.
 
@@ -49,6 +50,4 @@ def dispatch(x: Tensor, plan: Plan, weights: Tensor | None = None, *, backend: s
     Raises:
         ValueError: any other shape, dtype or device.
     """
-    return _dispatch(  # type: ignore[no-any-return]
-        x, plan.row_slot, plan.slot_row, weights, backend=select("dispatch", x, (), backend)
-    )
+    return _dispatch(x, plan.row_slot, plan.slot_row, weights, backend=select("dispatch", x, (), backend))

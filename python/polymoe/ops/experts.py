@@ -5,7 +5,7 @@ from torch import Tensor
 
 from polymoe.hal.select import select
 from polymoe.ops import _check as check_that
-from polymoe.ops._library import define_op
+from polymoe.ops._library import define_op, public
 from polymoe.ops.activate import KINDS, check_kind
 
 WEIGHT_PLACEMENTS = ("output", "activation", "input")
@@ -111,10 +111,11 @@ _experts = define_op(
     "-> (Tensor out, Tensor pre_activation, Tensor offsets, Tensor row_slot, Tensor slot_row)",
     check,
     fake,
-    options=("activation", "weight_placement"),
+    options={"activation": "swiglu", "weight_placement": "output"},
 )
 
 
+@public
 def experts(
     x: Tensor,
     gate_up: Tensor,

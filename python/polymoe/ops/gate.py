@@ -5,7 +5,7 @@ from torch import Tensor
 
 from polymoe.hal.select import select
 from polymoe.ops import _check as check_that
-from polymoe.ops._library import define_op
+from polymoe.ops._library import define_op, public
 
 SCORINGS = ("softmax", "softmax_topk", "sigmoid", "sqrtsoftplus")
 RENORMALIZE = ("none", "max", "add")
@@ -84,10 +84,11 @@ _gate = define_op(
     'Tensor? token_mask=None, *, str backend="") -> (Tensor weights, Tensor ids)',
     check,
     fake,
-    options=("scoring",),
+    options={"scoring": "softmax"},
 )
 
 
+@public
 def gate(
     logits: Tensor,
     k: int,

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from polymoe.hal.select import select
 from polymoe.ops import _check as check_that
-from polymoe.ops._library import define_op
+from polymoe.ops._library import define_op, public
 
 
 def check(
@@ -78,6 +78,7 @@ _grouped_mm = define_op(
 )
 
 
+@public
 def grouped_mm(
     a: Tensor,
     b: Tensor,
@@ -108,6 +109,4 @@ def grouped_mm(
     Raises:
         ValueError: any other shape, dtype, device; offsets as above.
     """
-    return _grouped_mm(  # type: ignore[no-any-return]
-        a, b, offs, bias, out_dtype, backend=select("grouped_mm", a, (), backend)
-    )
+    return _grouped_mm(a, b, offs, bias, out_dtype, backend=select("grouped_mm", a, (), backend))

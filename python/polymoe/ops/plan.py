@@ -7,7 +7,7 @@ from torch import Tensor
 
 from polymoe.hal.select import select
 from polymoe.ops import _check as check_that
-from polymoe.ops._library import define_op
+from polymoe.ops._library import define_op, public
 
 
 class Plan(NamedTuple):
@@ -42,6 +42,7 @@ _plan = define_op(
 )
 
 
+@public
 def plan(ids: Tensor, num_experts: int, *, backend: str | None = None) -> Plan:
     """Sorts the slots by expert: the order in which the grouped ops see them.
 

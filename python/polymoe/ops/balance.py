@@ -1,0 +1,119 @@
+"""Balancing the load of the experts: counts, the sequence-wise loss and the step of the selection bias.
+
+Plain PyTorch around polymoe.plan. The formulas are those of the DeepSeek-V3 report (arXiv 2412.19437, section 2.1.2).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from polymoe.ops import _check as check_that
+from polymoe.ops.plan import plan
+
+
+def expert_counts(ids: Tensor, num_experts: int) -> Tensor:
+    """How many slots went to each expert.
+
+    Args:
+        ids: [T, K] int32 or int64; ids < 0 or >= num_experts are not counted.
+        num_experts: E, at least 1.
+
+    Returns:
+        [E] int64.
+
+    Raises:
+        ValueError: any other shape or dtype; num_experts < 1; 2^31 slots or more.
+    """
+    return plan(ids, num_experts).offsets.diff().long()
+
+
+def balance_loss(scores: Tensor, ids: Tensor, alpha: float = 1e-4, token_mask: Tensor | None = None) -> Tensor:
+    """The sequence-wise balance loss, the mean over the sequences of alpha * sum over the experts e of f_e * P_e, with
+
+        f_e = E / (K * T) * the number of slots of the sequence that went to e
+        P_e = the mean over the tokens of the sequence of the scores normalised to sum 1
+
+    where T tokens make the sequence (equations 17 to 20 of the report). A perfectly even load gives alpha.
+
+    Args:
+        scores: [B, T, E], or [T, E] for one sequence; not negative: softmax, sigmoid or sqrtsoftplus of the logits,
+            before any bias. The loss is differentiable in the scores, through P.
+        ids: [B, T, K] or [T, K] int32 or int64; ids that skip are not counted.
+        alpha: the factor (1e-4 in the report).
+        token_mask: [B, T] or [T] bool: tokens that are False (padding) are left out of T, f and P.
+
+    Returns:
+        A scalar, float32 (float64 for float64 scores); 0 for a sequence without tokens.
+
+    Raises:
+        ValueError: any other shape, dtype or device.
+    """
+    _check_balance_loss(scores, ids, token_mask)
+    B = 1 if scores.dim() == 2 else scores.shape[0]
+    T, E = scores.shape[-2:]
+    K = ids.shape[-1]
+    if token_mask is not None:
+        ids = ids.where(token_mask.unsqueeze(-1), -1)
+    ids = ids.reshape(B, T, K)
+    # Counts per sequence are counts over B*E experts, those of sequence b starting at b*E.
+    first = torch.arange(B, device=ids.device)[:, None, None] * E
+    counts = expert_counts((first + ids).where((ids >= 0) & (ids < E), -1).reshape(B * T, K), max(B, 1) * E)
+
+    s = scores.reshape(B, T, E).to(torch.float64 if scores.dtype == torch.float64 else torch.float32)
+    share = s / s.sum(dim=-1, keepdim=True).clamp(min=torch.finfo(s.dtype).tiny)
+    if token_mask is None:
+        tokens = torch.full((B, 1), T, dtype=s.dtype, device=s.device)
+    else:
+        mask = token_mask.reshape(B, T)
+        share = share.where(mask.unsqueeze(-1), 0)
+        tokens = mask.sum(dim=1, keepdim=True).to(s.dtype)
+    tokens = tokens.clamp(min=1)
+    f = counts[: B * E].reshape(B, E).to(s.dtype) * E / (K * tokens)
+    P = share.sum(dim=1) / tokens
+    return alpha * (f * P).sum() / max(B, 1)
+
+
+def _check_balance_loss(scores: Tensor, ids: Tensor, token_mask: Tensor | None) -> None:
+    op = "balance_loss"
+    check_that.dtype(op, "scores", scores, check_that.FLOATS)
+    batch: dict[str, int | None] = {} if scores.dim() == 2 else {"B": scores.shape[0] if scores.dim() else None}
+    check_that.shape(op, "scores", scores, batch | {"T": None, "E": None})
+    if scores.shape[-1] < 1:
+        check_that.fail(op, "scores", "at least 1 expert", check_that.describe(scores))
+    tokens = batch | {"T": scores.shape[-2]}
+    check_that.dtype(op, "ids", ids, check_that.IDS)
+    check_that.shape(op, "ids", ids, tokens | {"K": None})
+    if ids.shape[-1] < 1:
+        check_that.fail(op, "ids", "at least 1 slot per token", check_that.describe(ids))
+    check_that.device(op, "ids", ids, scores)
+    if token_mask is not None:
+        check_that.dtype(op, "token_mask", token_mask, (torch.bool,))
+        check_that.shape(op, "token_mask", token_mask, tokens)
+        check_that.device(op, "token_mask", token_mask, scores)
+
+
+def update_bias(bias: Tensor, counts: Tensor, gamma: float = 1e-3) -> Tensor:
+    """One step of auxiliary-loss-free balancing: an expert with more than the mean load loses gamma, one with less
+    gains it, one at the mean keeps its bias (the report's "bias update speed", 1e-3 there).
+
+    Args:
+        bias: [E], a float dtype: the selection bias that polymoe.gate takes.
+        counts: [E] integers: the load of a step, from expert_counts, summed over the ranks that share the experts.
+        gamma: the step.
+
+    Returns:
+        The new bias [E]; `bias` itself is left as it is.
+
+    Raises:
+        ValueError: any other shape, dtype or device.
+    """
+    op = "update_bias"
+    check_that.dtype(op, "bias", bias, check_that.FLOATS)
+    check_that.shape(op, "bias", bias, {"E": None})
+    check_that.dtype(op, "counts", counts, check_that.IDS)
+    check_that.shape(op, "counts", counts, {"E": bias.shape[0]})
+    check_that.device(op, "counts", counts, bias)
+    counts = counts.long()
+    # Compared with the mean in integers: exact for any load.
+    return bias + gamma * torch.sign(counts.sum() - counts * counts.shape[0]).to(bias.dtype)
