@@ -38,12 +38,11 @@ $(DEPENDENCIES): requirements-dev.txt
 
 build: $(BUILT) ## build the extension in place; recompiles only what changed
 
-$(BUILT): $(DEPENDENCIES) $(SOURCES) $(LISTED) $(if $(EXTENSION),,missing)
+$(BUILT): $(DEPENDENCIES) $(SOURCES) $(LISTED) $(if $(EXTENSION),,FORCE)
 	@$(PY) setup.py --quiet build_ext --inplace
 	@touch $@
 
-.PHONY: missing
-missing:
+FORCE:
 
 wheel: $(DEPENDENCIES) ## a wheel for this Python and this torch minor version, in dist/
 	rm -rf build/lib.*
@@ -72,3 +71,24 @@ format: $(DEPENDENCIES) ## rewrite Python and C++ in the house style
 clean: ## remove everything built, but not .venv
 	rm -rf $(JUNK) *.egg-info python/*.egg-info python/polymoe/_C*.so python/polymoe/_build_info.py
 	find python tests benchmarks examples kernels -name __pycache__ -prune -exec rm -rf {} + 2>/dev/null || true
+
+# Instrumented builds live in build/<sanitizer>/, beside a copy of the package, and leave the ordinary build alone.
+# Leak detection is off: Python and torch keep memory until exit. UBSan needs no list of its own: the build stops at
+# the first report.
+SANITIZED_TESTS := $(addprefix tests/test_,$(addsuffix .py,gate plan dispatch grouped_mm activate combine experts))
+RUNTIME = $(shell g++ -print-file-name=$(1))
+
+sanitize: sanitize-address sanitize-thread ## AddressSanitizer and UBSan over the op tests, ThreadSanitizer over plan and experts
+
+build/address build/thread: build/%: FORCE
+	@$(PY) setup.py --quiet build_py --build-lib $@ build_ext --sanitize=$* --build-lib $@
+
+sanitize-address: $(DEPENDENCIES) build/address
+	PYTHONPATH=build/address LD_PRELOAD="$(call RUNTIME,libasan.so) $(call RUNTIME,libstdc++.so)" \
+	  ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
+	  $(PY) -m pytest -x -m "not slow" $(SANITIZED_TESTS)
+
+sanitize-thread: $(DEPENDENCIES) build/thread
+	PYTHONPATH=build/thread LD_PRELOAD="$(call RUNTIME,libtsan.so) $(call RUNTIME,libstdc++.so)" \
+	  TSAN_OPTIONS="ignore_noninstrumented_modules=1 halt_on_error=1" \
+	  setarch -R $(PY) -m pytest -x -m "not slow" tests/test_plan.py tests/test_experts.py
