@@ -1,0 +1,183 @@
+// The op `experts` on the CPU: arguments, and the chunks of tokens that bound its memory.
+#include "experts_run.h"
+
+#include <ATen/ops/empty.h>
+
+#include <limits>
+#include <optional>
+#include <tuple>
+
+#include "activation_spec.h"
+#include "check.h"
+#include "plan.h"
+#include "route.h"
+
+namespace polymoe {
+namespace {
+
+constexpr const char* kOp = "experts";
+
+// Slots computed at a time, at most: bounds the activations [S, I] and the owners' buffers [S, columns] however many
+// tokens come, and is still so many that every expert's weights are read for enough rows.
+constexpr int64_t kChunkSlots = 16384;
+
+WeightPlacement parse_placement(c10::string_view name) {
+  if (name == "output") return WeightPlacement::output;
+  if (name == "activation") return WeightPlacement::activation;
+  POLYMOE_CHECK(name == "input", kOp, "weight_placement", "one of 'output', 'activation', 'input'", "'", name, "'");
+  return WeightPlacement::input;
+}
+
+struct Shapes {
+  int64_t T, H, I, E, K;
+  int64_t width;  // 2I, or I if ungated
+};
+
+Shapes check_shapes(const at::Tensor& x, const at::Tensor& gate_up, const at::Tensor& down, const at::Tensor& weights,
+                    const at::Tensor& ids, bool gated, bool transposed) {
+  check_cpu(kOp, "x", x);
+  check_dtype(kOp, "x", x, {at::kFloat, at::kBFloat16, at::kHalf, at::kDouble});
+  check_shape(kOp, "x", x, {{"T"}, {"H"}});
+  const int64_t T = x.size(0), H = x.size(1);
+  for (const auto& [name, weight] : {std::pair<const char*, const at::Tensor&>{"gate_up", gate_up}, {"down", down}}) {
+    check_cpu(kOp, name, weight);
+    check_dtype(kOp, name, weight, {x.scalar_type()});
+    POLYMOE_CHECK(weight.dim() == 3, kOp, name, "a 3-D tensor", describe(weight));
+  }
+  const int64_t E = gate_up.size(0), width = gate_up.size(transposed ? 2 : 1);
+  POLYMOE_CHECK(E >= 1, kOp, "gate_up", "at least 1 expert", describe(gate_up));
+  const char* const letter = gated ? "2I" : "I";
+  POLYMOE_CHECK(!gated || width % 2 == 0, kOp, "gate_up", "an even 2I", describe(gate_up));
+  const int64_t I = gated ? width / 2 : width;
+  if (transposed) {
+    check_shape(kOp, "gate_up", gate_up, {{"E", E}, {"H", H}, {letter, width}});
+    check_shape(kOp, "down", down, {{"E", E}, {"I", I}, {"H", H}});
+  } else {
+    check_shape(kOp, "gate_up", gate_up, {{"E", E}, {letter, width}, {"H", H}});
+    check_shape(kOp, "down", down, {{"E", E}, {"H", H}, {"I", I}});
+  }
+  check_cpu(kOp, "ids", ids);
+  check_dtype(kOp, "ids", ids, {at::kInt, at::kLong});
+  check_shape(kOp, "ids", ids, {{"T", T}, {"K"}});
+  const int64_t K = ids.size(1);
+  POLYMOE_CHECK(ids.numel() <= std::numeric_limits<int32_t>::max(), kOp, "ids", "fewer than 2^31 slots",
+                describe(ids));
+  check_cpu(kOp, "weights", weights);
+  check_dtype(kOp, "weights", weights, {at::kFloat, x.scalar_type()});
+  check_shape(kOp, "weights", weights, {{"T", T}, {"K", K}});
+  return {T, H, I, E, K, width};
+}
+
+// Contiguous, or undefined when there is none.
+at::Tensor check_bias(const char* name, const std::optional<at::Tensor>& bias, const at::Tensor& x, Dim experts,
+                      Dim width) {
+  if (!bias) return {};
+  check_cpu(kOp, name, *bias);
+  check_dtype(kOp, name, *bias, {x.scalar_type(), accumulator_dtype(kernel_dtype(x.scalar_type()))});
+  check_shape(kOp, name, *bias, {experts, width});
+  return bias->contiguous();
+}
+
+struct Plan {
+  at::Tensor offsets, row_slot, slot_row;
+
+  Plan(const at::Tensor& ids, int64_t experts)
+      : offsets(at::empty({experts + 1}, ids.options().dtype(at::kInt))),
+        row_slot(at::empty({ids.numel()}, ids.options().dtype(at::kInt))),
+        slot_row(at::empty({ids.size(0), ids.size(1)}, ids.options().dtype(at::kInt))) {
+    const auto build = [&](const auto* data) {
+      build_plan(data, ids.stride(0), ids.stride(1), ids.size(0), ids.size(1), experts,
+                 offsets.mutable_data_ptr<int32_t>(), row_slot.mutable_data_ptr<int32_t>(),
+                 slot_row.mutable_data_ptr<int32_t>());
+    };
+    if (ids.scalar_type() == at::kInt)
+      build(ids.const_data_ptr<int32_t>());
+    else
+      build(ids.const_data_ptr<int64_t>());
+  }
+
+  ChunkPlan pointers() const {
+    return {offsets.const_data_ptr<int32_t>(), row_slot.const_data_ptr<int32_t>(), slot_row.const_data_ptr<int32_t>()};
+  }
+};
+
+Operand rows_of_expert_0(const at::Tensor& weight, bool transposed) {
+  const int64_t size = weight.element_size();
+  return {static_cast<const char*>(weight.const_data_ptr()), weight.stride(transposed ? 2 : 1) * size,
+          weight.stride(transposed ? 1 : 2) * size};
+}
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> experts_cpu(
+    const at::Tensor& x, const at::Tensor& gate_up, const at::Tensor& down, const at::Tensor& weights,
+    const at::Tensor& ids, c10::string_view activation, std::optional<double> alpha, std::optional<double> limit,
+    const std::optional<at::Tensor>& gate_up_bias, const std::optional<at::Tensor>& down_bias, bool transposed,
+    bool interleaved, c10::string_view weight_placement, bool save, c10::string_view) {
+  const ActivationSpec spec = parse_activation(kOp, "activation", activation, alpha, limit);
+  POLYMOE_CHECK(!interleaved || is_gated(spec.kind), kOp, "interleaved", c10::str("False with '", activation, "'"),
+                "True");
+  const WeightPlacement placement = parse_placement(weight_placement);
+  const Shapes s = check_shapes(x, gate_up, down, weights, ids, is_gated(spec.kind), transposed);
+  const at::Tensor up_bias = check_bias("gate_up_bias", gate_up_bias, x, {"E", s.E},
+                                        {is_gated(spec.kind) ? "2I" : "I", s.width});
+  const at::Tensor out_bias = check_bias("down_bias", down_bias, x, {"E", s.E}, {"H", s.H});
+
+  const Dtype dtype = kernel_dtype(x.scalar_type());
+  const at::Tensor rows = s.H > 1 && x.stride(1) != 1 ? x.contiguous() : x;
+  const at::Tensor routing = weights.to(accumulator_dtype(dtype)).contiguous();
+  const at::Tensor out = at::empty({s.T, s.H}, x.options());
+  const at::Tensor pre = save ? at::empty({s.T * s.K, s.width}, x.options()) : at::empty({0}, x.options());
+
+  const int64_t size = x.element_size();
+  ExpertsArguments args{};
+  args.dtype = dtype;
+  args.hidden = s.H;
+  args.intermediate = s.I;
+  args.experts = s.E;
+  args.slots = s.K;
+  args.activation = spec;
+  args.placement = placement;
+  args.interleaved = interleaved;
+  args.x_stride = rows.stride(0) * size;
+  args.gate_up = rows_of_expert_0(gate_up, transposed);
+  args.down = rows_of_expert_0(down, transposed);
+  args.gate_up_expert_stride = gate_up.stride(0) * size;
+  args.down_expert_stride = down.stride(0) * size;
+  if (up_bias.defined()) {
+    args.gate_up_bias = static_cast<const char*>(up_bias.const_data_ptr());
+    args.gate_up_bias_dtype = kernel_dtype(up_bias.scalar_type());
+  }
+  if (out_bias.defined()) {
+    args.down_bias = static_cast<const char*>(out_bias.const_data_ptr());
+    args.down_bias_dtype = kernel_dtype(out_bias.scalar_type());
+  }
+
+  std::optional<Plan> whole;
+  if (save) {
+    whole.emplace(ids, s.E);
+    args.pre_activation = static_cast<char*>(pre.mutable_data_ptr());
+    const int64_t used = whole->pointers().offsets[s.E];
+    pre.narrow(0, used, s.T * s.K - used).zero_();
+  }
+  const int64_t step = std::max<int64_t>(1, kChunkSlots / std::max<int64_t>(s.K, 1));
+  for (int64_t begin = 0; begin < s.T; begin += step) {
+    args.tokens = std::min(step, s.T - begin);
+    args.x = static_cast<const char*>(rows.const_data_ptr()) + begin * args.x_stride;
+    args.weights = static_cast<const char*>(routing.const_data_ptr()) + begin * s.K * routing.element_size();
+    args.out = static_cast<char*>(out.mutable_data_ptr()) + begin * s.H * size;
+    if (save) args.pre_activation_row = whole->pointers().slot_row + begin * s.K;
+    if (save && args.tokens == s.T) {
+      run_experts(args, whole->pointers());
+    } else {
+      const Plan chunk(ids.narrow(0, begin, args.tokens), s.E);
+      run_experts(args, chunk.pointers());
+    }
+  }
+  const auto nothing = [&] { return at::empty({0}, x.options().dtype(at::kInt)); };
+  if (!save) return {out, pre, nothing(), nothing(), nothing()};
+  return {out, pre, whole->offsets, whole->row_slot, whole->slot_row};
+}
+
+TORCH_LIBRARY_IMPL(polymoe, CPU, m) { POLYMOE_IMPL(m, "experts", experts_cpu); }
+
+}  // namespace
+}  // namespace polymoe
