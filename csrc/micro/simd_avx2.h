@@ -78,6 +78,7 @@ inline VF operator-(VF a, VF b) { return {_mm256_sub_ps(a.v, b.v)}; }
 inline VF operator*(VF a, VF b) { return {_mm256_mul_ps(a.v, b.v)}; }
 inline VF operator/(VF a, VF b) { return {_mm256_div_ps(a.v, b.v)}; }
 inline VF fma(VF a, VF b, VF c) { return {_mm256_fmadd_ps(a.v, b.v, c.v)}; }
+inline VF product_error(VF a, VF b, VF p) { return {_mm256_fmsub_ps(a.v, b.v, p.v)}; }
 inline VF min(VF a, VF b) { return {_mm256_min_ps(a.v, b.v)}; }
 inline VF max(VF a, VF b) { return {_mm256_max_ps(a.v, b.v)}; }
 inline VF abs(VF a) { return {_mm256_andnot_ps(_mm256_set1_ps(-0.0f), a.v)}; }

@@ -88,6 +88,9 @@ template <class T, int W>
 inline Array<T, W> fma(Array<T, W> a, Array<T, W> b, Array<T, W> c) {
   return map<T, W>([&](int i) { return a.v[i] * b.v[i] + c.v[i]; });
 }
+inline VF product_error(VF a, VF b, VF p) {
+  return map<float, VF::width>([&](int i) { return float(double(a.v[i]) * b.v[i] - p.v[i]); });
+}
 template <class T, int W>
 inline Array<T, W> min(Array<T, W> a, Array<T, W> b) {
   return map<T, W>([&](int i) { return a.v[i] < b.v[i] ? a.v[i] : b.v[i]; });
@@ -129,7 +132,7 @@ inline Array<T, W> select(typename Array<T, W>::Mask m, Array<T, W> a, Array<T, 
 // Two factors, since 2^n itself leaves the normal range where v * 2^n does not.
 inline VF scale_pow2(VF a, VF n) {
   return map<float, VF::width>([&](int i) {
-    const int whole = int(n.v[i]), half = whole / 2;
+    const int whole = n.v[i] == n.v[i] ? int(n.v[i]) : 0, half = whole / 2;
     return a.v[i] * bits_float(uint32_t(half + 127) << 23) * bits_float(uint32_t(whole - half + 127) << 23);
   });
 }
