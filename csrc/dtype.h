@@ -15,8 +15,6 @@ struct f16 {
 enum class Dtype : int { f32, bf16, f16, f64 };
 constexpr int kDtypes = 4;
 
-constexpr int64_t size_of(Dtype dtype) {
-  return dtype == Dtype::f64 ? 8 : dtype == Dtype::f32 ? 4 : 2;
-}
+constexpr int64_t size_of(Dtype dtype) { return dtype == Dtype::f64 ? 8 : dtype == Dtype::f32 ? 4 : 2; }
 
 }  // namespace polymoe

@@ -1,6 +1,4 @@
 // The op `experts` on the CPU: arguments, and the chunks of tokens that bound its memory.
-#include "experts_run.h"
-
 #include <ATen/ops/empty.h>
 
 #include <limits>
@@ -9,6 +7,7 @@
 
 #include "activation_spec.h"
 #include "check.h"
+#include "experts_run.h"
 #include "plan.h"
 #include "route.h"
 
@@ -60,8 +59,7 @@ Shapes check_shapes(const at::Tensor& x, const at::Tensor& gate_up, const at::Te
   check_dtype(kOp, "ids", ids, {at::kInt, at::kLong});
   check_shape(kOp, "ids", ids, {{"T", T}, {"K"}});
   const int64_t K = ids.size(1);
-  POLYMOE_CHECK(ids.numel() <= std::numeric_limits<int32_t>::max(), kOp, "ids", "fewer than 2^31 slots",
-                describe(ids));
+  POLYMOE_CHECK(ids.numel() <= std::numeric_limits<int32_t>::max(), kOp, "ids", "fewer than 2^31 slots", describe(ids));
   check_cpu(kOp, "weights", weights);
   check_dtype(kOp, "weights", weights, {at::kFloat, x.scalar_type()});
   check_shape(kOp, "weights", weights, {{"T", T}, {"K", K}});
@@ -117,8 +115,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> experts_c
                 "True");
   const WeightPlacement placement = parse_placement(weight_placement);
   const Shapes s = check_shapes(x, gate_up, down, weights, ids, is_gated(spec.kind), transposed);
-  const at::Tensor up_bias = check_bias("gate_up_bias", gate_up_bias, x, {"E", s.E},
-                                        {is_gated(spec.kind) ? "2I" : "I", s.width});
+  const at::Tensor up_bias =
+      check_bias("gate_up_bias", gate_up_bias, x, {"E", s.E}, {is_gated(spec.kind) ? "2I" : "I", s.width});
   const at::Tensor out_bias = check_bias("down_bias", down_bias, x, {"E", s.E}, {"H", s.H});
 
   const Dtype dtype = kernel_dtype(x.scalar_type());

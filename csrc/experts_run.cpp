@@ -37,11 +37,11 @@ struct Layer {
   const ChunkPlan& plan;
   const LevelTable& table;
   const DenseGemm& gemm;
-  int64_t size;             // bytes of an element of x
-  int64_t sum_size;         // bytes of an accumulator
+  int64_t size;                    // bytes of an element of x
+  int64_t sum_size;                // bytes of an accumulator
   std::vector<Block> down_blocks;  // each is a panel of phase 2, in this order
   std::vector<int64_t> down_block_of_row;
-  char* activations;        // the panels of phase 2
+  char* activations;  // the panels of phase 2
 
   int64_t activation_row_bytes() const { return Panel::row_bytes(gemm, args.intermediate); }
   char* activation_panel(const Block& block) const { return activations + block.begin * activation_row_bytes(); }

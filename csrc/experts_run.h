@@ -33,8 +33,8 @@ struct ExpertsArguments {
   const char *gate_up_bias, *down_bias;  // [E, 2I] and [E, H], contiguous, or null
   Dtype gate_up_bias_dtype, down_bias_dtype;
 
-  char* out;             // [T, H], contiguous
-  char* pre_activation;  // [S, 2I] in the row order of `pre_activation_row`, or null
+  char* out;                          // [T, H], contiguous
+  char* pre_activation;               // [S, 2I] in the row order of `pre_activation_row`, or null
   const int32_t* pre_activation_row;  // [T, K]: the row of each slot in pre_activation
 
   bool gated() const { return is_gated(activation.kind); }

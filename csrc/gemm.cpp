@@ -6,6 +6,10 @@
 #include <memory>
 #include <new>
 
+#if defined(__SSE2__)
+#include <emmintrin.h>
+#endif
+
 namespace polymoe {
 
 Dtype kernel_dtype(at::ScalarType dtype) {
@@ -33,15 +37,52 @@ struct Buffer {
   int64_t bytes = 0;
 };
 
+// Copies a tile of kTile rows by kTile elements: element k of row r is at from + r * sizeof(T) + k * stride.
+constexpr int64_t kTile = 8;
+
+template <class T>
+void transpose_tile(const char* from, int64_t stride, T* out, int64_t out_stride) {
+  for (int64_t k = 0; k < kTile; ++k)
+    for (int64_t r = 0; r < kTile; ++r)
+      std::memcpy(out + r * out_stride + k, from + k * stride + r * sizeof(T), sizeof(T));
+}
+
+#if defined(__SSE2__)
+// Every x86-64 has these instructions, and this is most of the time of one token through transposed weights.
+template <>
+void transpose_tile<uint16_t>(const char* from, int64_t stride, uint16_t* out, int64_t out_stride) {
+  __m128i a[8], b[8];
+  for (int k = 0; k < 8; ++k) a[k] = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from + k * stride));
+  for (int k = 0; k < 4; ++k) {
+    b[2 * k] = _mm_unpacklo_epi16(a[2 * k], a[2 * k + 1]);      // rows 0 to 3, elements 2k and 2k + 1
+    b[2 * k + 1] = _mm_unpackhi_epi16(a[2 * k], a[2 * k + 1]);  // rows 4 to 7
+  }
+  for (int half = 0; half < 2; ++half) {  // rows 0 to 3, then 4 to 7
+    const __m128i low01 = _mm_unpacklo_epi32(b[half], b[half + 2]), low23 = _mm_unpackhi_epi32(b[half], b[half + 2]);
+    const __m128i high01 = _mm_unpacklo_epi32(b[half + 4], b[half + 6]);
+    const __m128i high23 = _mm_unpackhi_epi32(b[half + 4], b[half + 6]);
+    const __m128i rows[4] = {_mm_unpacklo_epi64(low01, high01), _mm_unpackhi_epi64(low01, high01),
+                             _mm_unpacklo_epi64(low23, high23), _mm_unpackhi_epi64(low23, high23)};
+    for (int r = 0; r < 4; ++r)
+      _mm_storeu_si128(reinterpret_cast<__m128i*>(out + (4 * half + r) * out_stride), rows[r]);
+  }
+}
+#endif
+
 template <class T>
 void copy_strided(const Operand& from, int64_t rows, int64_t d, T* out) {
-  // Square blocks, so that both sides stay in the L1 cache when one is read across its rows.
-  constexpr int64_t block = 32;
+  // Blocks that the L1 cache holds on both sides, whichever way the source runs.
+  constexpr int64_t block = 64;
+  const bool tiles = from.row_stride == int64_t(sizeof(T));
   for (int64_t d0 = 0; d0 < d; d0 += block) {
     const int64_t d1 = std::min(d0 + block, d);
-    for (int64_t r0 = 0; r0 < rows; r0 += block) {
-      const int64_t r1 = std::min(r0 + block, rows);
-      for (int64_t k = d0; k < d1; ++k)
+    for (int64_t r0 = 0; r0 < rows; r0 += kTile) {
+      const int64_t r1 = std::min(r0 + kTile, rows);
+      int64_t k = d0;
+      if (tiles && r1 - r0 == kTile)
+        for (; k + kTile <= d1; k += kTile)
+          transpose_tile(from.data + r0 * from.row_stride + k * from.d_stride, from.d_stride, out + r0 * d + k, d);
+      for (; k < d1; ++k)
         for (int64_t r = r0; r < r1; ++r)
           std::memcpy(out + r * d + k, from.data + r * from.row_stride + k * from.d_stride, sizeof(T));
     }
@@ -79,8 +120,8 @@ void copy_rows(const Operand& from, int64_t rows, int64_t d, int64_t element_siz
 }
 
 Tiling choose_tiling(int64_t width, int64_t unit, int64_t row_bytes, int64_t groups, int threads, int64_t l2_bytes) {
-  constexpr int64_t kMinRows = 16;       // fewer would read weights again too often
-  constexpr int64_t kMaxRows = 256;      // more gains nothing, and a hot expert should be shared out
+  constexpr int64_t kMinRows = 16;   // fewer would read weights again too often
+  constexpr int64_t kMaxRows = 256;  // more gains nothing, and a hot expert should be shared out
   constexpr int64_t kTargetColumns = 192;
   constexpr int64_t kTasksPerThread = 12;
 

@@ -159,7 +159,8 @@ std::vector<int64_t> group_ends(const at::Tensor& offs, int64_t ragged) {
 // The matrix of a group: rows along dimension `row`, the reduction along dimension `d`, of the last two.
 Operand operand(const at::Tensor& t, int64_t row, int64_t d, int64_t group) {
   const int64_t size = t.element_size();
-  const char* const data = static_cast<const char*>(t.const_data_ptr()) + (t.dim() == 3 ? group * t.stride(0) * size : 0);
+  const char* const data =
+      static_cast<const char*>(t.const_data_ptr()) + (t.dim() == 3 ? group * t.stride(0) * size : 0);
   return {data, t.stride(row) * size, t.stride(d) * size};
 }
 

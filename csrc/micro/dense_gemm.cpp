@@ -95,17 +95,18 @@ using Tile = void (*)(const char*, const char* const*, const Steps&, typename F:
 
 template <class F, int ROWS>
 Tile<F> tile_of(int columns) {
-  static constexpr Tile<F> tiles[kMaxColumns] = {tile<F, ROWS, 1>,
-                                          tile<F, ROWS, 2>,
+  static constexpr Tile<F> tiles[kMaxColumns] = {
+      tile<F, ROWS, 1>,
+      tile<F, ROWS, 2>,
 #if defined(POLYMOE_LEVEL_PORTABLE)
   };
 #else
-                                          tile<F, ROWS, 3>,
-                                          tile<F, ROWS, 4>,
-                                          tile<F, ROWS, (kColumns[ROWS - 1] >= 5 ? 5 : 1)>,
-                                          tile<F, ROWS, (kColumns[ROWS - 1] >= 6 ? 6 : 1)>,
-                                          tile<F, ROWS, (kColumns[ROWS - 1] >= 7 ? 7 : 1)>,
-                                          tile<F, ROWS, (kColumns[ROWS - 1] >= 8 ? 8 : 1)>};
+      tile<F, ROWS, 3>,
+      tile<F, ROWS, 4>,
+      tile<F, ROWS, (kColumns[ROWS - 1] >= 5 ? 5 : 1)>,
+      tile<F, ROWS, (kColumns[ROWS - 1] >= 6 ? 6 : 1)>,
+      tile<F, ROWS, (kColumns[ROWS - 1] >= 7 ? 7 : 1)>,
+      tile<F, ROWS, (kColumns[ROWS - 1] >= 8 ? 8 : 1)>};
 #endif
   return tiles[columns - 1];
 }
