@@ -1,0 +1,80 @@
+"""polymoe.gate against torch's softmax or sqrt-softplus, topk, gather and division.
+
+Run it as `python -m benchmarks.bench_gate`; --help lists the options.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+import polymoe
+from benchmarks import inputs
+from benchmarks._harness import Bench, Case, Contender, Options, main, ours
+from benchmarks.inputs import DTYPES, SETS
+from benchmarks.shapes import Shape
+from polymoe.testing.tolerances import FUNCTION_ERRORS, arithmetic_roundoff, relative_frobenius
+
+Routing = tuple[Tensor, Tensor]  # weights, ids
+
+
+def cases(options: Options) -> Iterator[Case]:
+    for dtype in options.dtypes:
+        for shape in options.shapes:
+            for T in options.tokens:
+                yield make_case(options, shape, T, dtype)
+
+
+def make_case(options: Options, shape: Shape, T: int, dtype: str) -> Case:
+    source, torch_dtype = inputs.generator(options.seed), DTYPES[dtype]
+    E, K = shape.E_model, shape.K
+    logits = [inputs.normal((T, E), torch_dtype, source) for _ in range(SETS)]
+    # DeepSeek-V4 selects by score + bias, the softmax models by the score.
+    bias = inputs.normal((E,), torch.float32, source, scale=0.1) if shape.scoring == "sqrtsoftplus" else None
+    truth = [route(one.double(), K, shape.scoring, bias)[0] for one in logits]
+
+    def error(call: Callable[[int], Routing]) -> float:
+        """Of the weights, and of what the chosen experts weigh in float64: equal scores may be chosen in any order."""
+        got = []
+        for i, one in enumerate(logits):
+            weights, ids = call(i)
+            chosen = score(one.double(), shape.scoring).gather(1, ids.long())
+            got.append(torch.stack([weights.double(), chosen / chosen.sum(-1, keepdim=True)]))
+        return relative_frobenius(torch.cat(got, 1), torch.cat(truth).expand(2, -1, -1))
+
+    def on(backend: str) -> Callable[[int], Routing]:
+        return lambda i: polymoe.gate(logits[i], K, shape.scoring, bias, renormalize="max", backend=backend)
+
+    contenders = [Contender("torch", lambda i: route(logits[i], K, shape.scoring, bias))]
+    return Case(
+        labels={"shape": shape.name, "dtype": dtype, "T": T},
+        contenders=(*contenders, *ours(options, "gate", torch_dtype, (shape.scoring,), on)),
+        error=error,
+        tolerance=(FUNCTION_ERRORS + K) * arithmetic_roundoff(torch_dtype),
+        bytes=logits[0].nbytes + T * K * 8,
+    )
+
+
+def score(logits: Tensor, scoring: str) -> Tensor:
+    if scoring == "softmax":
+        return logits.softmax(-1)
+    assert scoring == "sqrtsoftplus"
+    return F.softplus(logits).sqrt()
+
+
+def route(logits: Tensor, K: int, scoring: str, bias: Tensor | None) -> Routing:
+    """The gate in plain torch; in float64 for float64 logits, else in float32."""
+    scores = score(logits if logits.dtype == torch.float64 else logits.float(), scoring)
+    ids = (scores if bias is None else scores + bias).topk(K).indices
+    weights = scores.gather(1, ids)
+    return weights / weights.sum(-1, keepdim=True), ids
+
+
+BENCH = Bench("gate", cases)
+
+if __name__ == "__main__":
+    sys.exit(main(BENCH))
