@@ -12,7 +12,7 @@ import polymoe
 from polymoe.backends._extension import extension
 from polymoe.hal import device, registry
 from polymoe.hal.explain import properties
-from polymoe.hal.problem import OPS, Backend, Problem
+from polymoe.hal.problem import OPS, Backend
 from polymoe.hal.select import declined
 
 
@@ -57,7 +57,7 @@ def _service(backend: Backend) -> Iterator[str]:
         served, reasons = [], dict[str, list[str]]()
         for op in OPS.values():
             dtype = torch.int32 if op.name == "plan" else torch.float32
-            reason = declined(backend, Problem(op.name, device_type, dtype, tuple(op.options.values())))
+            reason = declined(backend, op.problem(device_type, dtype))
             if reason is None:
                 served.append(op.name)
             else:

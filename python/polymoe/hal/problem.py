@@ -51,5 +51,9 @@ class OpSpec:
     options: Mapping[str, str]
     wrapper: Callable[..., Any]
 
+    def problem(self, device_type: str, dtype: torch.dtype) -> Problem:
+        """The problem of a call with the default options."""
+        return Problem(self.name, device_type, dtype, tuple(self.options.values()))
+
 
 OPS: dict[str, OpSpec] = {}

@@ -77,3 +77,11 @@ def routing_weights(op: str, weights: Tensor, others: Sequence[torch.dtype], slo
     dtype(op, "weights", weights, (torch.float32, *others))
     shape(op, "weights", weights, {"T": slots[0], "K": slots[1]})
     device(op, "weights", weights, x)
+
+
+def slots(op: str, ids: Tensor) -> None:
+    """Slots are numbered in int32. Symbolic sizes pass: a guard on them would bound the sizes that a graph accepts, and
+    the kernel checks again."""
+    count = ids.numel()
+    if isinstance(count, int) and count >= 2**31:
+        fail(op, "ids", "fewer than 2^31 slots", describe(ids))

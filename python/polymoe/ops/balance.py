@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from polymoe.ops import _check as check_that
-from polymoe.ops.plan import plan
+from polymoe.ops.plan import check_ids, plan
 
 
 def expert_counts(ids: Tensor, num_experts: int) -> Tensor:
@@ -25,6 +25,7 @@ def expert_counts(ids: Tensor, num_experts: int) -> Tensor:
     Raises:
         ValueError: any other shape or dtype; num_experts < 1; 2^31 slots or more.
     """
+    check_ids("expert_counts", ids, num_experts)
     return plan(ids, num_experts).offsets.diff().long()
 
 

@@ -18,14 +18,16 @@ class Plan(NamedTuple):
     slot_row: Tensor
 
 
-def check(ids: Tensor, num_experts: int) -> None:
-    op = "plan"
+def check_ids(op: str, ids: Tensor, num_experts: int) -> None:
     check_that.dtype(op, "ids", ids, check_that.IDS)
     check_that.shape(op, "ids", ids, {"T": None, "K": None})
     if num_experts < 1:
         check_that.fail(op, "num_experts", "at least 1", num_experts)
-    if ids.numel() >= 2**31:
-        check_that.fail(op, "ids", "fewer than 2^31 slots", check_that.describe(ids))
+    check_that.slots(op, ids)
+
+
+def check(ids: Tensor, num_experts: int) -> None:
+    check_ids("plan", ids, num_experts)
 
 
 def fake(ids: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
