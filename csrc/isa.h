@@ -36,7 +36,8 @@ void set_active_isa(Isa level);
 // Every flag some level uses, and whether this machine has it (and it was not disabled).
 std::vector<std::pair<std::string, bool>> cpu_flags();
 // From now on treat these CPUID flags as absent; the active level falls to the best one left where necessary.
-// Flags already disabled stay disabled. Throws std::invalid_argument for a flag that no level uses.
+// Flags already disabled stay disabled; not while ops run on other threads. Throws std::invalid_argument for a flag
+// that no level uses.
 void disable_cpu_flags(const std::vector<std::string>& flags);
 
 struct CacheSizes {
