@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, overload
 
@@ -167,7 +167,17 @@ def properties(backend: Backend) -> tuple[str, ...]:
 def _notes(backend: Backend, problem: Problem, arguments: Mapping[str, Any]) -> tuple[str, ...]:
     """A backend may have a method notes(op, problem, arguments) -> list[str], with remarks on the path of a call."""
     notes = getattr(backend, "notes", None)
-    return () if notes is None else tuple(notes(problem.op, problem, arguments))
+    own = [] if notes is None else notes(problem.op, problem, arguments)
+    return (*own, *_skipped(arguments))
+
+
+def _skipped(arguments: Mapping[str, Any]) -> Iterator[str]:
+    ids, gate_up = arguments.get("ids"), arguments.get("gate_up")
+    num_experts = arguments.get("num_experts") if gate_up is None else gate_up.shape[0]
+    if isinstance(ids, Tensor) and not ids.is_meta and num_experts is not None:
+        skipped = int(((ids < 0) | (ids >= num_experts)).sum())
+        if skipped:
+            yield f"ids: {skipped} of {ids.numel()} slots are outside [0, {num_experts}) and are skipped"
 
 
 def _why_not(other: Backend, chosen: Backend, requested: str | None) -> str:
