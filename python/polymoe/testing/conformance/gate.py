@@ -54,6 +54,7 @@ CASES = [
     Case(T=0, E=8, k=2),
     Case(T=1, E=1, k=1, renormalize="max"),
     Case(T=33, E=8, k=2, renormalize="max"),  # Mixtral
+    Case(T=1500, E=12, k=2),  # enough for several threads
     Case(T=20, E=128, k=8, renormalize="max", dtype=torch.bfloat16),  # Qwen3: bfloat16 logits tie often
     Case(T=20, E=32, k=4, scoring="softmax_topk", dtype=torch.bfloat16),  # gpt-oss
     Case(T=20, E=256, k=8, scoring="sigmoid", bias=True, n_group=8, topk_group=4, renormalize="add", scale=2.5),  # V3

@@ -37,8 +37,9 @@ CASES = [
     Case(T=50, K=4, E=16, pattern="skipping", ids_dtype=torch.int64),
     Case(T=50, K=4, E=16, pattern="all_skipped"),
     Case(T=50, K=4, E=1, pattern="skipping"),
-    Case(T=3000, K=6, E=64, pattern="skipping"),  # enough for several threads
-    Case(T=3000, K=2, E=1024, pattern="sorted"),
+    Case(T=40000, K=6, E=64, pattern="skipping"),  # enough for several threads
+    Case(T=30000, K=2, E=1024, pattern="sorted"),
+    Case(T=30000, K=2, E=1024, pattern="one_hot", ids_dtype=torch.int64),
     Case(T=33, K=5, E=40, pattern="skipping", layout="transposed"),
     Case(T=33, K=5, E=40, pattern="skipping", layout="sliced", ids_dtype=torch.int64),
     Case(T=33, K=5, E=40, pattern="skipping", layout="strided"),

@@ -1,0 +1,56 @@
+"""polymoe.grouped_mm on every backend and ISA level."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch.nn import functional as F
+
+import polymoe
+from polymoe.testing.cases import LAYOUTS, Random, name_of
+from polymoe.testing.conformance import grouped_mm
+
+
+@pytest.mark.parametrize("case", grouped_mm.CASES, ids=name_of)
+def test_cases(case, target, seed):
+    grouped_mm.check(case, target, seed)
+
+
+@st.composite
+def cases(draw):
+    form = draw(st.sampled_from(["2x3", "2x3", "3x2", "2x2", "3x3"]))
+    dtype = draw(st.sampled_from([torch.float32, torch.bfloat16, torch.float16, torch.float64]))
+    outputs = [torch.float64] if dtype == torch.float64 else [torch.float32, torch.bfloat16, torch.float16]
+    sizes = [draw(st.integers(0, 4))] if form == "3x3" else draw(st.lists(st.integers(0, 40), max_size=6))
+    return grouped_mm.Case(
+        form,
+        M=draw(st.integers(0, 40)),
+        N=draw(st.integers(0, 80)),
+        D=draw(st.integers(0, 150)),
+        sizes=tuple(sizes),
+        rest=0 if form == "3x3" else draw(st.integers(0, 3)),
+        dtype=dtype,
+        out_dtype=draw(st.sampled_from([None, *outputs])),
+        bias=draw(st.sampled_from([None, dtype, torch.float32])),
+        layouts=(draw(st.sampled_from(sorted(LAYOUTS))), draw(st.sampled_from(sorted(LAYOUTS)))),
+        offs_dtype=draw(st.sampled_from([torch.int32, torch.int64])),
+    )
+
+
+@given(case=cases(), seed=st.integers(0, 2**31))
+def test_any_case(target, case, seed):
+    grouped_mm.check(case, target, seed)
+
+
+@pytest.mark.parametrize("form", ["2x3", "3x2", "2x2", "3x3"])
+def test_takes_the_arguments_of_torch(form, target, seed):
+    """What torch.nn.functional.grouped_mm takes, with the same meaning."""
+    case = grouped_mm.Case(form, 32, 48, 64, (4,) if form == "3x3" else (16, 0, 32), dtype=torch.bfloat16)
+    a, b, offs, _ = grouped_mm.make_inputs(case, Random(seed))
+    expected = F.grouped_mm(a, b, offs=offs)
+    got = polymoe.grouped_mm(a, b, offs=offs, backend=target.backend)
+    assert got.dtype == expected.dtype
+    value, magnitude = grouped_mm.truth(a, b, offs, None)
+    for result in (got, expected):  # both within the same bound of the same truth
+        error = (result.double() - value).abs()
+        assert (error <= 2**-8 * value.abs() + grouped_mm.error(magnitude, a.shape[-1], a.dtype) * 1.01).all()
