@@ -335,6 +335,7 @@ except ValueError as error:
             + "; build polymoe again for this torch",
         ),
     ],
+    ids=["not built", "another torch"],
 )
 def test_without_the_extension_the_reference_serves(block: str, reason: str) -> None:
     done = run_python(WITHOUT_EXTENSION.format(block=block))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import warnings
 from collections.abc import Callable
 from importlib.metadata import EntryPoint, entry_points
@@ -20,6 +21,7 @@ _native: tuple[Backend, ...] = (CpuBackend(), TritonBackend())
 _reference: Backend = ReferenceBackend()
 _outside: dict[str, Backend] = {}
 _entry_points_loaded = False
+_loading = threading.RLock()
 _on_change: list[Callable[[], None]] = []
 
 
@@ -72,11 +74,11 @@ def unregister_backend(name: str) -> None:
 
 def _load_entry_points() -> None:
     global _entry_points_loaded
-    if _entry_points_loaded:
-        return
-    _entry_points_loaded = True
-    for entry in entry_points(group=ENTRY_POINT_GROUP):
-        _load_entry_point(entry)
+    with _loading:  # other threads wait; a backend that asks for the list while it loads does not
+        if not _entry_points_loaded:
+            _entry_points_loaded = True
+            for entry in entry_points(group=ENTRY_POINT_GROUP):
+                _load_entry_point(entry)
 
 
 def _load_entry_point(entry: EntryPoint) -> None:

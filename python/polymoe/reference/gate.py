@@ -62,7 +62,8 @@ def _score(z: Tensor, usable: Tensor, scoring: str) -> Tensor:
         return z
     if scoring == "sigmoid":
         return z.sigmoid()
-    return torch.logaddexp(z, torch.zeros_like(z)).sqrt()  # log(1 + exp(z)) without overflow
+    root = torch.logaddexp(z, torch.zeros_like(z)).sqrt()  # log(1 + exp(z)) without overflow
+    return root.where(z > -40, (z / 2).exp())  # where exp(z) would lose digits and then vanish, its root does not
 
 
 def _keep_best_groups(choice: Tensor, n_group: int, topk_group: int, group_top: int) -> Tensor:
