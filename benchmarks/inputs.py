@@ -8,7 +8,7 @@ from torch import Tensor
 from polymoe.testing.tolerances import arithmetic_roundoff, growth, unit_roundoff
 
 SETS = 4
-DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16, "f64": torch.float64}
+DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16}
 
 # Random numbers drawn for a weight before they repeat. A prime: no two experts, rows or columns are alike.
 _POOL = 1_048_583
