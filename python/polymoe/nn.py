@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from polymoe import ops
+from polymoe.hal.explain import Explanation, explain, register_module_hook
 from polymoe.ops import _check as check_that
 from polymoe.ops.activate import KINDS, check_kind
 from polymoe.ops.experts import WEIGHT_PLACEMENTS
@@ -318,6 +319,14 @@ class Experts(nn.Module):
         return ", ".join(parts)
 
 
+@register_module_hook
+def _explain(module: nn.Module) -> Explanation | None:
+    if not isinstance(module, Experts):
+        return None
+    x = module.gate_up.new_empty(0, module.hidden_size)
+    return explain("experts", x, activation=module.activation, weight_placement=module.weight_placement)
+
+
 class SharedExpert(nn.Module):
     """An MLP that every token goes through: `Experts` with one expert and weight 1.
 
@@ -367,9 +376,9 @@ class MoE(nn.Module):
 
     Arguments:
         router, experts: their sizes must fit: router.num_experts = experts.num_experts + identity_experts.
-        shared_intermediate_size: adds a shared expert of this width on the model's width, with the routed experts'
-            activation and alpha. shared_limit: its own limit instead of the routed experts' (math.inf: no clamp).
-            shared_gate: its own sigmoid gate (Qwen3-Next).
+        shared_intermediate_size: adds a shared expert of this width on the model's width. It has the routed experts'
+            activation, alpha and limit (DeepSeek-V4 clamps both), unless shared_limit or shared_activation, which then
+            takes shared_limit alone, says otherwise. shared_gate: its own sigmoid gate (Qwen3-Next).
         identity_experts: the router's last so many experts return their input (LongCat): ids >= experts.num_experts
             skip the routed experts, and x times the sum of their weights is added in f32, at one extra rounding.
         latent: the routed experts work at another width than the model (Kimi-K3, Nemotron-H): `latent_down` projects
@@ -389,6 +398,7 @@ class MoE(nn.Module):
         experts: Experts,
         *,
         shared_intermediate_size: int | None = None,
+        shared_activation: str | None = None,
         shared_limit: float | None = None,
         shared_gate: bool = False,
         identity_experts: int = 0,
@@ -411,10 +421,10 @@ class MoE(nn.Module):
             experts.hidden_size,
         )
         _expect(
-            shared_intermediate_size is not None or (shared_limit is None and not shared_gate),
+            shared_intermediate_size is not None or not (shared_activation or shared_limit or shared_gate),
             "MoE",
             "shared_intermediate_size",
-            "a width with shared_limit or shared_gate",
+            "a width with shared_activation, shared_limit or shared_gate",
             None,
         )
         self.router = router
@@ -426,12 +436,13 @@ class MoE(nn.Module):
         self.latent_up = Linear(inner, width, bias=False, device=device, dtype=dtype) if latent else None
         self.shared = None
         if shared_intermediate_size is not None:
+            own = shared_activation is not None
             self.shared = SharedExpert(
                 width,
                 shared_intermediate_size,
-                activation=experts.activation,
-                alpha=experts.alpha,
-                limit=experts.limit if shared_limit is None else shared_limit,
+                activation=shared_activation or experts.activation,
+                alpha=None if own else experts.alpha,
+                limit=shared_limit if own or shared_limit is not None else experts.limit,
                 gate=shared_gate,
                 device=device,
                 dtype=dtype,

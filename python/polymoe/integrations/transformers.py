@@ -8,12 +8,13 @@ Importing this module registers it; then any model whose experts class carries `
 
 A model may put code of its own between its two projections, in `_apply_gate`. A gate that is known, by the identity of
 that function and of the activation it calls, runs fused in `polymoe.experts`. Every other one, and a norm behind the
-experts, runs un-fused: polymoe's plan, dispatch, grouped_mm and combine around the model's own code. `explain` tells
-which and why. Written against Transformers 5.23.
+experts, runs un-fused: polymoe's plan, dispatch, grouped_mm and combine around the model's own code.
+`polymoe.explain(model)` tells which and why. Written against Transformers 5.23.
 """
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, replace
@@ -26,8 +27,9 @@ from transformers import activations
 from transformers.integrations.moe import ExpertsInterface, _default_apply_gate
 
 from polymoe import ops
+from polymoe.hal.explain import Explanation, explain, register_module_hook
 
-__all__ = ["experts_forward", "explain"]
+__all__ = ["experts_forward"]
 
 ExpertsModule: TypeAlias = Any  # an nn.Module with the attributes that Transformers gives experts, see experts_forward
 
@@ -81,6 +83,8 @@ _ACTIVATIONS: dict[Hashable, tuple[str, str]] = {
     nn.functional.relu: ("reglu", "relu"),
     activations.ReLUSquaredActivation: ("", "relu2"),
 }
+
+_UNCLAMPED = {"swiglu_clamped": "swiglu", "swiglu_clamped_after": "swiglu"}
 
 
 def _known_gate(gate: Callable[..., Tensor]) -> tuple[_Gate | None, str]:
@@ -146,10 +150,36 @@ def _decision(module: ExpertsModule) -> _Gate | str:
     return found
 
 
-def explain(module: ExpertsModule) -> str:
-    """How `experts_forward` runs this experts module: "fused: <activation kind>" or "un-fused: <why>"."""
+def _projection(module: ExpertsModule, which: str) -> tuple[Tensor, Tensor | None]:
+    """Weights and, if the module has them, biases of its "up" (with the gate, if there is one) or "down" projection."""
+    name = "gate_up_proj" if which == "up" and getattr(module, "has_gate", True) else f"{which}_proj"
+    bias = getattr(module, f"{name}_bias") if getattr(module, "has_bias", False) else None
+    return getattr(module, name), bias
+
+
+@register_module_hook
+def _explain(module: nn.Module) -> Explanation | None:
+    """For `polymoe.explain`: how an experts module whose model selected "polymoe" runs."""
+    config = getattr(module, "config", None)
+    if not hasattr(module, "_is_expert_parallel") or getattr(config, "_experts_implementation", None) != "polymoe":
+        return None
+    up = _projection(module, "up")[0]
+    x = up.new_empty(0, up.shape[1 if module.is_transposed else 2])
     decision = _decision(module)
-    return f"un-fused: {decision}" if isinstance(decision, str) else f"fused: {decision.kind}"
+    if isinstance(decision, str):
+        found, note = explain("grouped_mm", x), f"un-fused, around the model's own code: {decision}"
+    else:
+        found, note = explain("experts", x, activation=decision.kind), f"fused: {decision.kind}"
+    return replace(found, notes=(note, *found.notes))
+
+
+def _activation(module: ExpertsModule, gate: _Gate) -> tuple[str, float | None, float | None]:
+    """Kind, alpha and limit. A model may say "no clamp" by an infinite limit, which polymoe says by the kind."""
+    alpha = attrgetter(gate.alpha)(module) if gate.alpha else None
+    limit = attrgetter(gate.limit)(module) if gate.limit else None
+    if limit == math.inf:
+        return _UNCLAMPED.get(gate.kind, gate.kind), alpha, None
+    return gate.kind, alpha, limit
 
 
 def experts_forward(self: ExpertsModule, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
@@ -159,28 +189,21 @@ def experts_forward(self: ExpertsModule, hidden_states: Tensor, top_k_index: Ten
     [0, num_experts) are skipped (the sentinels of expert parallelism). top_k_weights: [T,K]; taken as they come in f32
     or the weights' dtype, cast to f32 otherwise. Returns [T,H] in hidden_states' dtype.
     """
-    has_gate = getattr(self, "has_gate", True)
-    up = self.gate_up_proj if has_gate else self.up_proj
-    up_bias = down_bias = None
-    if getattr(self, "has_bias", False):
-        up_bias = self.gate_up_proj_bias if has_gate else self.up_proj_bias
-        down_bias = self.down_proj_bias
+    (up, up_bias), (down, down_bias) = _projection(self, "up"), _projection(self, "down")
     x = hidden_states.to(up.dtype)
     if top_k_weights.dtype not in (torch.float32, x.dtype):
         top_k_weights = top_k_weights.float()
     decision = _decision(self)
     if isinstance(decision, str):
-        out = _unfused(self, x, top_k_index, top_k_weights, up, up_bias, down_bias)
+        out = _unfused(self, x, top_k_index, top_k_weights, up, down, up_bias, down_bias)
     else:
         out = ops.experts(
             x,
             up,
-            self.down_proj,
+            down,
             top_k_weights,
             top_k_index,
-            activation=decision.kind,
-            alpha=attrgetter(decision.alpha)(self) if decision.alpha else None,
-            limit=attrgetter(decision.limit)(self) if decision.limit else None,
+            *_activation(self, decision),
             gate_up_bias=up_bias,
             down_bias=down_bias,
             transposed=getattr(self, "is_transposed", False),
@@ -195,11 +218,11 @@ def _unfused(
     ids: Tensor,
     weights: Tensor,
     up: Tensor,
+    down: Tensor,
     up_bias: Tensor | None,
     down_bias: Tensor | None,
 ) -> Tensor:
     """The model's own code between polymoe's ops. Rows behind the last expert's (skipped slots) stay out of the sum."""
-    down = self.down_proj
     if not getattr(self, "is_transposed", False):
         up, down = up.transpose(1, 2), down.transpose(1, 2)
     plan = ops.plan(ids, up.shape[0])
