@@ -177,10 +177,10 @@ Renormalize parse_renormalize(c10::string_view name) {
 
 void check_groups(const Options& o) {
   POLYMOE_CHECK(o.n_group >= 1 && o.E % o.n_group == 0, kOp, "n_group", c10::str("a divisor of E = ", o.E), o.n_group);
-  if (o.n_group == 1) return;
-  const int64_t size = o.E / o.n_group;
   POLYMOE_CHECK(o.topk_group >= 1 && o.topk_group <= o.n_group, kOp, "topk_group",
                 c10::str("1 <= topk_group <= n_group = ", o.n_group), o.topk_group);
+  if (o.n_group == 1) return;  // group_top, whose default is more than one expert, has no groups to score
+  const int64_t size = o.E / o.n_group;
   POLYMOE_CHECK(o.group_top >= 1 && o.group_top <= size, kOp, "group_top",
                 c10::str("1 <= group_top <= E / n_group = ", size), o.group_top);
   POLYMOE_CHECK(o.k <= o.topk_group * size, kOp, "k",

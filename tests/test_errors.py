@@ -64,6 +64,7 @@ BAD: dict[str, list[Case]] = {
         ("n_group", {"n_group": 0}),
         ("topk_group", {"n_group": 4, "topk_group": 5}),
         ("topk_group", {"n_group": 4, "topk_group": 0}),
+        ("topk_group", {"n_group": 1, "topk_group": 2}),
         ("group_top", {"n_group": 4, "topk_group": 4, "group_top": 3}),
         ("group_top", {"n_group": 4, "topk_group": 4, "group_top": 0}),
         ("k", {"n_group": 4, "topk_group": 1, "k": 3}),

@@ -60,11 +60,11 @@ def _check_groups(k: int, E: int, n_group: int, topk_group: int, group_top: int)
     op = "gate"
     if n_group < 1 or E % n_group != 0:
         check_that.fail(op, "n_group", f"a divisor of E = {E}", n_group)
-    if n_group == 1:
-        return
-    size = E // n_group
     if not 1 <= topk_group <= n_group:
         check_that.fail(op, "topk_group", f"1 <= topk_group <= n_group = {n_group}", topk_group)
+    if n_group == 1:
+        return  # group_top, whose default is more than one expert, has no groups to score
+    size = E // n_group
     if not 1 <= group_top <= size:
         check_that.fail(op, "group_top", f"1 <= group_top <= E / n_group = {size}", group_top)
     if k > topk_group * size:
