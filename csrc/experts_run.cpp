@@ -241,13 +241,11 @@ class DownCombine {
 
 void gate_up_phase(const Layer& layer, int threads) {
   const ExpertsArguments& args = layer.args;
-  const int64_t row_bytes = Panel::row_bytes(layer.gemm, args.hidden);
-  const int64_t l2 = cache_sizes().l2;
-  const int64_t limit = choose_tiling(args.intermediate, layer.gemm.step, row_bytes, 1, threads, l2).rows;
+  const int64_t limit = block_rows(Panel::row_bytes(layer.gemm, args.hidden), cache_sizes().l2);
   const std::vector<Block> blocks = cut_rows(layer.plan.offsets, args.experts, limit);
   // Whole steps, because a task packs its columns of the activation on its own.
-  const int64_t columns =
-      choose_tiling(args.intermediate, layer.gemm.step, row_bytes, int64_t(blocks.size()), threads, l2).columns;
+  constexpr int64_t kTarget = 192;
+  const int64_t columns = task_columns(args.intermediate, layer.gemm.step, kTarget, int64_t(blocks.size()), threads);
   const int64_t parts = ceil_div(args.intermediate, columns);
 
   DynamicTasks queue(int64_t(blocks.size()) * parts);
@@ -262,9 +260,8 @@ void gate_up_phase(const Layer& layer, int threads) {
 
 void down_combine_phase(const Layer& layer, int threads) {
   const ExpertsArguments& args = layer.args;
-  constexpr int64_t kMaxColumns = 48, kMinColumns = 8, kTasksPerThread = 12;
-  const int64_t even = ceil_div(args.hidden, int64_t(threads) * kTasksPerThread * kMinColumns) * kMinColumns;
-  const int64_t columns = std::clamp(even, kMinColumns, kMaxColumns);
+  constexpr int64_t kUnit = 8, kTarget = 48;  // narrow, because an owner's buffer has a row for every slot
+  const int64_t columns = task_columns(args.hidden, kUnit, kTarget, 1, threads);
   const int64_t parts = ceil_div(args.hidden, columns);
 
   DynamicTasks queue(parts);
@@ -287,8 +284,7 @@ void run_experts(const ExpertsArguments& args, const ChunkPlan& plan) {
 
   Layer layer{args, plan, table, gemm, size_of(args.dtype), accumulator_size(args.dtype), {}, {}, nullptr};
   const int64_t row_bytes = layer.activation_row_bytes();
-  layer.down_blocks =
-      cut_rows(plan.offsets, args.experts, choose_tiling(1, 1, row_bytes, 1, threads, cache_sizes().l2).rows);
+  layer.down_blocks = cut_rows(plan.offsets, args.experts, block_rows(row_bytes, cache_sizes().l2));
   layer.down_block_of_row.resize(size_t(total));
   for (size_t i = 0; i < layer.down_blocks.size(); ++i)
     std::fill_n(layer.down_block_of_row.begin() + layer.down_blocks[i].begin, layer.down_blocks[i].rows, int64_t(i));

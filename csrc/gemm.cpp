@@ -119,17 +119,4 @@ void copy_rows(const Operand& from, int64_t rows, int64_t d, int64_t element_siz
   }
 }
 
-Tiling choose_tiling(int64_t width, int64_t unit, int64_t row_bytes, int64_t groups, int threads, int64_t l2_bytes) {
-  constexpr int64_t kMinRows = 16;   // fewer would read weights again too often
-  constexpr int64_t kMaxRows = 256;  // more gains nothing, and a hot expert should be shared out
-  constexpr int64_t kTargetColumns = 192;
-  constexpr int64_t kTasksPerThread = 12;
-
-  const int64_t rows = std::clamp(l2_bytes / 2 / std::max<int64_t>(row_bytes, 1), kMinRows, kMaxRows);
-  int64_t columns = ceil_div(kTargetColumns, unit) * unit;
-  while (columns > unit && groups * ceil_div(width, columns) < threads * kTasksPerThread)
-    columns = ceil_div(columns / 2, unit) * unit;
-  return {rows, columns};
-}
-
 }  // namespace polymoe

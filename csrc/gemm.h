@@ -1,5 +1,5 @@
-// What the ops that multiply matrices share: packed panels of A, rows of W wherever they lie in memory, scratch
-// memory, and the tiling of a matmul into tasks.
+// What the ops that multiply matrices share: packed panels of A, rows of W wherever they lie in memory, and scratch
+// memory.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -8,6 +8,7 @@
 #include <utility>
 
 #include "table.h"
+#include "tiling.h"
 
 namespace polymoe {
 
@@ -63,21 +64,9 @@ class Panel {
   int64_t step_bytes_, row_bytes_, rows_;
 };
 
-// How a matmul is cut into tasks of at most rows x columns outputs. Never shows in the results.
-struct Tiling {
-  int64_t rows, columns;
-};
-
-// `rows`: packed rows of `row_bytes` that stay in half of the L2 cache while weights stream past. `columns`: a
-// multiple of `unit` (but for a last, shorter block), small enough that `groups` matrices of `width` columns give every
-// thread several tasks, so that they finish together, and large enough that packing rows for a task is cheap.
-Tiling choose_tiling(int64_t width, int64_t unit, int64_t row_bytes, int64_t groups, int threads, int64_t l2_bytes);
-
 // One of `count` even parts of [0, total).
 inline std::pair<int64_t, int64_t> even_part(int64_t total, int64_t count, int64_t index) {
   return {total * index / count, total * (index + 1) / count};
 }
-
-inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 }  // namespace polymoe

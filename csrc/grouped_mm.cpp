@@ -111,20 +111,23 @@ void run(const std::vector<Problem>& problems, const Types& types) {
   }
   if (width == 0) return;
   const int threads = num_threads();
-  const Tiling tiling =
-      choose_tiling(width, 32, Panel::row_bytes(gemm, depth), int64_t(problems.size()), threads, cache_sizes().l2);
+  const int64_t limit = block_rows(Panel::row_bytes(gemm, depth), cache_sizes().l2);
 
   std::vector<Block> blocks;
-  std::vector<int64_t> first_task;  // of each block
-  int64_t tasks = 0;
   for (const Problem& p : problems) {
-    const int64_t parts = ceil_div(p.m, tiling.rows);
+    const int64_t parts = ceil_div(p.m, limit);
     for (int64_t i = 0; i < parts; ++i) {
       const auto [begin, end] = even_part(p.m, parts, i);
       blocks.push_back({&p, begin, end - begin});
-      first_task.push_back(tasks);
-      tasks += ceil_div(p.n, tiling.columns);
     }
+  }
+  constexpr int64_t kUnit = 32, kTarget = 192;
+  const int64_t columns = task_columns(width, kUnit, kTarget, int64_t(blocks.size()), threads);
+  std::vector<int64_t> first_task;  // of each block
+  int64_t tasks = 0;
+  for (const Block& block : blocks) {
+    first_task.push_back(tasks);
+    tasks += ceil_div(block.problem->n, columns);
   }
 
   DynamicTasks queue(tasks);
@@ -133,8 +136,8 @@ void run(const std::vector<Problem>& problems, const Types& types) {
     for (Range task = queue.next(); !task.empty(); task = queue.next()) {
       const auto after = std::upper_bound(first_task.begin(), first_task.end(), task.begin);
       const size_t index = size_t(after - first_task.begin()) - 1;
-      const int64_t column = (task.begin - first_task[index]) * tiling.columns;
-      worker.run(blocks[index], column, std::min(tiling.columns, blocks[index].problem->n - column));
+      const int64_t column = (task.begin - first_task[index]) * columns;
+      worker.run(blocks[index], column, std::min(columns, blocks[index].problem->n - column));
     }
   });
 }

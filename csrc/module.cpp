@@ -6,6 +6,7 @@
 
 #include "isa.h"
 #include "threads.h"
+#include "tiling.h"
 
 namespace py = pybind11;
 
@@ -55,6 +56,8 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("cache_sizes", &cache_sizes_dict);
   m.def("num_threads", &num_threads);
   m.def("in_forked_child", &in_forked_child);
+  m.def("block_rows", &block_rows);
+  m.def("task_columns", &task_columns);
   m.def("torch_version", [] { return TORCH_VERSION; });
 }
 

@@ -33,5 +33,11 @@ def num_threads() -> int:
 def in_forked_child() -> bool:
     """True in a child forked after the extension was loaded, where ops run on one thread."""
 
+def block_rows(row_bytes: int, l2_bytes: int) -> int:
+    """Rows packed together for a matmul, each of `row_bytes`, with an L2 cache of `l2_bytes`."""
+
+def task_columns(width: int, unit: int, target: int, blocks: int, threads: int) -> int:
+    """Columns of one task, when `blocks` matrices of `width` columns are shared out to `threads`."""
+
 def torch_version() -> str:
     """The torch version this extension was compiled against."""

@@ -1,0 +1,20 @@
+#include "tiling.h"
+
+#include <algorithm>
+
+namespace polymoe {
+
+int64_t block_rows(int64_t row_bytes, int64_t l2_bytes) {
+  constexpr int64_t kMin = 16, kMax = 256;
+  return std::clamp(l2_bytes / 2 / std::max<int64_t>(row_bytes, 1), kMin, kMax);
+}
+
+int64_t task_columns(int64_t width, int64_t unit, int64_t target, int64_t blocks, int threads) {
+  constexpr int64_t kTasksPerThread = 12;
+  int64_t columns = ceil_div(target, unit) * unit;
+  while (columns > unit && blocks * ceil_div(width, columns) < threads * kTasksPerThread)
+    columns = ceil_div(columns / 2, unit) * unit;
+  return columns;
+}
+
+}  // namespace polymoe
