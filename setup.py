@@ -48,8 +48,8 @@ COMMON_FLAGS += ["-fvisibility-inlines-hidden", "-Wall", "-Wextra", "-DTORCH_EXT
 # libgomp is not instrumented for ThreadSanitizer, so that variant brings threads of its own.
 SANITIZERS = {
     "": [],
-    "address": ["-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer", "-g1"],
-    "thread": ["-fsanitize=thread", "-g1", "-DPOLYMOE_STD_THREADS"],
+    "address": ["-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer", "-O1", "-g1"],
+    "thread": ["-fsanitize=thread", "-O1", "-g1", "-DPOLYMOE_STD_THREADS"],
 }
 
 
