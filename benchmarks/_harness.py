@@ -225,7 +225,7 @@ def main(bench: Bench, arguments: Sequence[str] | None = None) -> int:
 
 
 def report(op: str, rows: Sequence[Row]) -> str:
-    notes = [f"polymoe.{op}: {cpu_name()}, {rows[0].threads} threads, torch {torch.__version__}.", "", table(rows), ""]
+    notes = [f"polymoe.{op}: {cpu_name()}, threads: {rows[0].threads}, torch {torch.__version__}.", "", table(rows), ""]
     notes.append("Medians of interleaved calls on rotating inputs, ± half of the interquartile range.")
     if any((row.other_cpu or 0) > OTHER_CPU_LIMIT for row in rows):
         notes.append(f"(!): others used more than {OTHER_CPU_LIMIT:.0%} of the CPU meanwhile; the row is worth little.")

@@ -33,8 +33,8 @@ class Row:
                              read bandwidth in bytes per second
     other_cpu                share of the machine that others used meanwhile; None if unknown
     tolerance                above this error a result is wrong
-    required                 speed-up over the baseline that is asked for, and if `judge_accuracy` an error of at most
-                             ACCURACY_MARGIN times the baseline's; None: nothing is asked for
+    required                 speed-up over the baseline that is asked for, if any
+    judge_accuracy           if the error may be at most ACCURACY_MARGIN times the baseline's
     """
 
     op: str
@@ -74,10 +74,10 @@ class Row:
         wrong = [result.name for result in self.results if not result.error <= self.tolerance]
         if wrong:
             return f"WRONG: {', '.join(wrong)}"
-        if self.required is None:
+        if self.required is None and not self.judge_accuracy:
             return "-"
         faults = []
-        if self.ratio < self.required:
+        if self.required is not None and self.ratio < self.required:
             faults.append("too slow")
         if self.judge_accuracy and self.ours.error > ACCURACY_MARGIN * self.baseline.error:
             faults.append("too inexact")

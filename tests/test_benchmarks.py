@@ -6,6 +6,7 @@ import random
 from collections import Counter
 from dataclasses import replace
 from importlib import import_module
+from typing import Any
 
 import pytest
 import torch
@@ -112,7 +113,7 @@ def test_check_fails_on_a_missed_requirement() -> None:
     assert status_of(case_of(*same, required=1e-6), "--check") == 0
 
 
-def row_of(*, peer_seconds: float = 2.0, error: float = 0.001, **fields: object) -> Row:
+def row_of(*, peer_seconds: float = 2.0, error: float = 0.001, **fields: Any) -> Row:
     results = (
         Result("torch", True, peer_seconds, peer_seconds, peer_seconds, 8, 0.001),
         Result("cpu", False, 1.0, 1.0, 1.0, 8, error),
@@ -128,7 +129,9 @@ def test_verdicts() -> None:
     assert row_of(error=0.00106).verdict == "FAIL: too inexact"
     assert row_of(error=0.00106, judge_accuracy=False).verdict == "pass"
     assert row_of(error=float("nan")).verdict == "WRONG: cpu"
-    assert row_of(peer_seconds=0.1, required=None).verdict == "-"
+    assert row_of(peer_seconds=0.1, required=None).verdict == "pass"
+    assert row_of(error=0.01, required=None).verdict == "FAIL: too inexact"
+    assert row_of(error=0.01, required=None, judge_accuracy=False).verdict == "-"
     assert "20% (!)" in table([row_of(other_cpu=0.2)])
     assert "(!)" not in table([row_of(other_cpu=0.1)])
     assert Row.from_json(row_of().to_json()) == row_of()
