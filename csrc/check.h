@@ -9,10 +9,12 @@
 #include <ATen/core/Tensor.h>
 #include <c10/util/Exception.h>
 
+#include <algorithm>
 #include <cstdint>
 #include <initializer_list>
 #include <string>
 #include <string_view>
+#include <vector>
 
 // `expected` and each part of what came are anything c10::str can print; they are evaluated only on failure.
 #define POLYMOE_CHECK(condition, op, argument, expected, ...) \
@@ -66,12 +68,12 @@ inline void check_shape(const char* op, const char* argument, const at::Tensor& 
 
 // "float32, bfloat16 or float16"
 inline std::string describe(std::initializer_list<at::ScalarType> dtypes) {
+  std::vector<at::ScalarType> once;  // an argument's own dtype may be listed twice
+  for (at::ScalarType dtype : dtypes)
+    if (std::find(once.begin(), once.end(), dtype) == once.end()) once.push_back(dtype);
   std::string text;
-  size_t left = dtypes.size();
-  for (at::ScalarType dtype : dtypes) {
-    text += dtype_name(dtype);
-    if (--left > 0) text += left > 1 ? ", " : " or ";
-  }
+  for (size_t i = 0; i < once.size(); ++i)
+    text += (i == 0 ? "" : i + 1 < once.size() ? ", " : " or ") + dtype_name(once[i]);
   return text;
 }
 

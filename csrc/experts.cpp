@@ -71,9 +71,9 @@ at::Tensor check_bias(const char* name, const std::optional<at::Tensor>& bias, c
                       Dim width) {
   if (!bias) return {};
   check_cpu(kOp, name, *bias);
-  check_dtype(kOp, name, *bias, {x.scalar_type(), accumulator_dtype(kernel_dtype(x.scalar_type()))});
+  check_dtype(kOp, name, *bias, {x.scalar_type(), at::kFloat});
   check_shape(kOp, name, *bias, {experts, width});
-  return bias->contiguous();
+  return kernel_bias(*bias, kernel_dtype(x.scalar_type()));
 }
 
 struct Plan {

@@ -91,6 +91,10 @@ void copy_strided(const Operand& from, int64_t rows, int64_t d, T* out) {
 
 }  // namespace
 
+at::Tensor kernel_bias(const at::Tensor& bias, Dtype dtype) {
+  return (dtype == Dtype::f64 ? bias.to(at::kDouble) : bias).contiguous();
+}
+
 char* scratch(Scratch slot, int64_t bytes) {
   thread_local Buffer buffers[5];
   Buffer& buffer = buffers[int(slot)];

@@ -19,6 +19,10 @@ Dtype kernel_dtype(at::ScalarType dtype);
 inline int64_t accumulator_size(Dtype dtype) { return dtype == Dtype::f64 ? 8 : 4; }
 inline at::ScalarType accumulator_dtype(Dtype dtype) { return dtype == Dtype::f64 ? at::kDouble : at::kFloat; }
 
+// A bias of x's dtype or f32, contiguous, in a dtype that RowTable::widen_row turns into accumulators: f64 has to be
+// f64 already, but widens a bias that is not.
+at::Tensor kernel_bias(const at::Tensor& bias, Dtype dtype);
+
 // A matrix in memory, one row per row of A or of W: strides in bytes, `d` along the reduction.
 struct Operand {
   const char* data;

@@ -200,12 +200,12 @@ Arguments check(const at::Tensor& a, const at::Tensor& b, const std::optional<at
   }
   if (bias) {
     check_cpu(kOp, "bias", *bias);
-    check_dtype(kOp, "bias", *bias, {a.scalar_type(), accumulator_dtype(kernel_dtype(a.scalar_type()))});
+    check_dtype(kOp, "bias", *bias, {a.scalar_type(), at::kFloat});
     if (a.dim() == 3 && b.dim() == 2)
       check_shape(kOp, "bias", *bias, {{"N", b.size(-1)}});
     else
       check_shape(kOp, "bias", *bias, {{"G", args.groups}, {"N", b.size(-1)}});
-    args.bias = bias->contiguous();
+    args.bias = kernel_bias(*bias, kernel_dtype(a.scalar_type()));
   }
   args.out_dtype = out_dtype.value_or(a.scalar_type());
   const bool wide = a.scalar_type() == at::kDouble;

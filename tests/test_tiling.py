@@ -32,7 +32,7 @@ def test_block_rows(row_bytes: int, l2_bytes: int, rows: int) -> None:
         (768, 32, 192, 8, 2, 192),  # one token of Qwen3-30B-A3B: 32 tasks
         (768, 32, 192, 8, 64, 32),  # ... for many threads, as narrow as a step allows
         (2048, 32, 192, 6, 2, 192),
-        (2048, 16, 192, 1, 2, 96),
+        (2048, 16, 192, 1, 2, 48),
         (4096, 8, 48, 1, 2, 48),
         (2048, 8, 48, 1, 64, 8),
         (0, 32, 192, 0, 2, 32),
