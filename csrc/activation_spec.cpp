@@ -41,8 +41,8 @@ std::string known_kinds() {
 }
 
 void check_number(const char* op, const char* argument, Use use, const char* kind, std::optional<double> value) {
-  POLYMOE_CHECK(use != Use::none || !value, op, argument, "nothing for ", kind, *value);
-  POLYMOE_CHECK(use != Use::required || value, op, argument, "a number for ", kind, "None");
+  POLYMOE_CHECK(use != Use::none || !value, op, argument, c10::str("nothing for ", kind), *value);
+  POLYMOE_CHECK(use != Use::required || value, op, argument, c10::str("a number for ", kind), "None");
   POLYMOE_CHECK(!value || (*value > 0 && std::isfinite(*value)), op, argument, "a positive finite number", *value);
 }
 
