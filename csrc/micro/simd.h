@@ -9,9 +9,8 @@
 //   + - * /, fma(a, b, c)        fma is fused where the level has it; the portable level rounds twice
 //   product_error(a, b, a * b)   a * b less its rounded value, exact barring underflow
 //   min(a, b), max(a, b)         b when either is NaN: min(limit, x) lets a NaN in x through
-//   less(a, b) -> Mask, select(mask, a, b), is_nan(a)
+//   less(a, b) -> Mask, select(mask, a, b)
 //   round_even, sqrt, abs, scale_pow2(v, n): v * 2^n for integer-valued n in [-252, 252]; a NaN stays
-//   exponent(v), mantissa(v)     v = mantissa * 2^exponent, mantissa in [1, 2), for positive normal v
 //   sum(v)                       over lanes, in one fixed tree; sum4 gives the same bits for four vectors at once
 #pragma once
 

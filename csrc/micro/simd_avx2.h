@@ -56,9 +56,7 @@ inline __m128i narrow8(const bf16*, VF a) {
   const __m256i high = _mm256_srli_epi32(_mm256_blendv_epi8(rounded, quiet, nan), 16);
   return _mm_packus_epi32(_mm256_castsi256_si128(high), _mm256_extracti128_si256(high, 1));
 }
-inline __m128i narrow8(const f16*, VF a) {
-  return _mm256_cvtps_ph(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-}
+inline __m128i narrow8(const f16*, VF a) { return _mm256_cvtps_ph(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
 
 inline void store(float* p, VF a) { _mm256_storeu_ps(p, a.v); }
 template <class T>
@@ -85,7 +83,6 @@ inline VF abs(VF a) { return {_mm256_andnot_ps(_mm256_set1_ps(-0.0f), a.v)}; }
 inline VF sqrt(VF a) { return {_mm256_sqrt_ps(a.v)}; }
 inline VF round_even(VF a) { return {_mm256_round_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)}; }
 inline VF::Mask less(VF a, VF b) { return _mm256_cmp_ps(a.v, b.v, _CMP_LT_OQ); }
-inline VF::Mask is_nan(VF a) { return _mm256_cmp_ps(a.v, a.v, _CMP_UNORD_Q); }
 inline VF select(VF::Mask m, VF a, VF b) { return {_mm256_blendv_ps(b.v, a.v, m)}; }
 
 // Two factors, since 2^n itself leaves the normal range where v * 2^n does not.
@@ -95,14 +92,6 @@ inline VF scale_pow2(VF a, VF n) {
   const __m256 low = _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(half, bias), 23));
   const __m256 high = _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(rest, bias), 23));
   return {_mm256_mul_ps(_mm256_mul_ps(a.v, low), high)};
-}
-inline VF exponent(VF a) {
-  const __m256i e = _mm256_srli_epi32(_mm256_castps_si256(a.v), 23);
-  return {_mm256_cvtepi32_ps(_mm256_sub_epi32(e, _mm256_set1_epi32(127)))};
-}
-inline VF mantissa(VF a) {
-  const __m256 fraction = _mm256_and_ps(a.v, _mm256_castsi256_ps(_mm256_set1_epi32(0x7fffff)));
-  return {_mm256_or_ps(fraction, _mm256_set1_ps(1.0f))};
 }
 
 // Per 128-bit half: (x0 + x2) + (x1 + x3) of each of the four vectors.

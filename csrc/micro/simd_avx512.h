@@ -77,16 +77,11 @@ inline VF min(VF a, VF b) { return {_mm512_min_ps(a.v, b.v)}; }
 inline VF max(VF a, VF b) { return {_mm512_max_ps(a.v, b.v)}; }
 inline VF abs(VF a) { return {_mm512_abs_ps(a.v)}; }
 inline VF sqrt(VF a) { return {_mm512_sqrt_ps(a.v)}; }
-inline VF round_even(VF a) {
-  return {_mm512_roundscale_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)};
-}
+inline VF round_even(VF a) { return {_mm512_roundscale_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)}; }
 inline VF::Mask less(VF a, VF b) { return _mm512_cmp_ps_mask(a.v, b.v, _CMP_LT_OQ); }
-inline VF::Mask is_nan(VF a) { return _mm512_cmp_ps_mask(a.v, a.v, _CMP_UNORD_Q); }
 inline VF select(VF::Mask m, VF a, VF b) { return {_mm512_mask_blend_ps(m, b.v, a.v)}; }
 
 inline VF scale_pow2(VF a, VF n) { return {_mm512_scalef_ps(a.v, n.v)}; }
-inline VF exponent(VF a) { return {_mm512_getexp_ps(a.v)}; }
-inline VF mantissa(VF a) { return {_mm512_getmant_ps(a.v, _MM_MANT_NORM_1_2, _MM_MANT_SIGN_zero)}; }
 
 // Per 128-bit quarter: (x0 + x2) + (x1 + x3) of each of the four vectors.
 inline __m512 sum_quads(__m512 a, __m512 b, __m512 c, __m512 d) {

@@ -73,10 +73,10 @@ inline void store_n(S* p, Array<T, W> a, int n) {
   for (int i = 0; i < n; ++i) narrow(p + i, a.v[i]);
 }
 
-#define POLYMOE_BINARY(op)                                           \
-  template <class T, int W>                                          \
-  inline Array<T, W> operator op(Array<T, W> a, Array<T, W> b) {     \
-    return map<T, W>([&](int i) { return a.v[i] op b.v[i]; });       \
+#define POLYMOE_BINARY(op)                                       \
+  template <class T, int W>                                      \
+  inline Array<T, W> operator op(Array<T, W> a, Array<T, W> b) { \
+    return map<T, W>([&](int i) { return a.v[i] op b.v[i]; });   \
   }
 POLYMOE_BINARY(+)
 POLYMOE_BINARY(-)
@@ -119,12 +119,6 @@ inline typename Array<T, W>::Mask less(Array<T, W> a, Array<T, W> b) {
   return r;
 }
 template <class T, int W>
-inline typename Array<T, W>::Mask is_nan(Array<T, W> a) {
-  typename Array<T, W>::Mask r;
-  for (int i = 0; i < W; ++i) r.m[i] = a.v[i] != a.v[i];
-  return r;
-}
-template <class T, int W>
 inline Array<T, W> select(typename Array<T, W>::Mask m, Array<T, W> a, Array<T, W> b) {
   return map<T, W>([&](int i) { return m.m[i] ? a.v[i] : b.v[i]; });
 }
@@ -135,12 +129,6 @@ inline VF scale_pow2(VF a, VF n) {
     const int whole = n.v[i] == n.v[i] ? int(n.v[i]) : 0, half = whole / 2;
     return a.v[i] * bits_float(uint32_t(half + 127) << 23) * bits_float(uint32_t(whole - half + 127) << 23);
   });
-}
-inline VF exponent(VF a) {
-  return map<float, VF::width>([&](int i) { return float(int(float_bits(a.v[i]) >> 23) - 127); });
-}
-inline VF mantissa(VF a) {
-  return map<float, VF::width>([&](int i) { return bits_float((float_bits(a.v[i]) & 0x7fffffu) | 0x3f800000u); });
 }
 
 template <class T, int W>
