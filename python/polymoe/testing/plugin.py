@@ -1,6 +1,7 @@
 """The pytest plugin of the conformance kit: options, targets and seeds.
 
 Fixtures: `target`, parametrised over backends and ISA levels, at whose level the test runs; `seed`, new in every run.
+Marker: `declares(*properties)`, for a test that only concerns backends with these properties.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     given = config.getoption("--polymoe-seed")
+    config.addinivalue_line("markers", "declares(*properties): run on the backends that promise these properties")
     config.stash[_SEED] = secrets.randbelow(2**31) if given is None else given
 
 
@@ -40,8 +42,11 @@ def pytest_report_header(config: pytest.Config) -> str:
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "target" not in metafunc.fixturenames:
         return
+    properties = {name for marker in metafunc.definition.iter_markers("declares") for name in marker.args}
     parameters = []
     for target in targets(metafunc.config.getoption("--polymoe-backend") or DEFAULT_BACKENDS):
+        if not all(getattr(target.properties, name) for name in properties):
+            continue
         reason = target.unavailable
         marks = [pytest.mark.skip(reason=reason)] if reason else []
         parameters.append(pytest.param(target, marks=marks, id=str(target)))

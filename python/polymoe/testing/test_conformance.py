@@ -69,33 +69,53 @@ def test_experts(case: experts.Case, target: Target, seed: int) -> None:
     experts.check(case, target, seed)
 
 
-def _require_property(target: Target, name: str) -> None:
-    if not getattr(target.properties, name):
-        pytest.skip(f"{target} does not declare that it is {name}")
-
-
-def _require_experts(target: Target, case: experts.Case, *properties: str) -> None:
+def _require_experts(target: Target, case: experts.Case) -> None:
     _require(target, "experts", case.dtype, case.kind, case.placement)
-    for name in properties:
-        _require_property(target, name)
 
 
-@pytest.mark.parametrize("case", [*bitwise.EXPERTS, *bitwise.EXPERTS_OTHER_LAYOUTS], ids=name_of)
-def test_experts_bitwise(case: experts.Case, target: Target, seed: int) -> None:
-    _require_experts(target, case, "deterministic", "batch_invariant")
-    bitwise.check_experts_threads(case, target, seed)
-    bitwise.check_experts_batch(case, target, seed)
-
-
-@pytest.mark.parametrize("case", [*bitwise.EXPERTS, *bitwise.EXPERTS_OTHER_LAYOUTS], ids=name_of)
+@pytest.mark.parametrize("case", bitwise.EXPERTS + bitwise.EXPERTS_OTHER_LAYOUTS, ids=name_of)
 def test_experts_composition(case: experts.Case, target: Target, seed: int) -> None:
     _require_experts(target, case)
     bitwise.check_experts_composition(case, target, seed)
 
 
-@pytest.mark.parametrize(("D", "N", "dtype"), bitwise.GROUPED_MM)
+@pytest.mark.declares("deterministic")
+@pytest.mark.parametrize("case", bitwise.EXPERTS + bitwise.EXPERTS_OTHER_LAYOUTS, ids=name_of)
+def test_experts_threads(case: experts.Case, target: Target, seed: int) -> None:
+    _require_experts(target, case)
+    bitwise.check_experts_threads(case, target, seed)
+
+
+@pytest.mark.declares("batch_invariant")
+@pytest.mark.parametrize("case", bitwise.EXPERTS + bitwise.EXPERTS_OTHER_LAYOUTS, ids=name_of)
+def test_experts_batch(case: experts.Case, target: Target, seed: int) -> None:
+    _require_experts(target, case)
+    bitwise.check_experts_batch(case, target, seed)
+
+
+@pytest.mark.declares("deterministic", "batch_invariant")
+@pytest.mark.parametrize(("D", "N", "dtype"), bitwise.GROUPED_MM, ids=str)
 def test_grouped_mm_bitwise(D: int, N: int, dtype: torch.dtype, target: Target, seed: int) -> None:
     _require(target, "grouped_mm", dtype)
-    _require_property(target, "deterministic")
-    _require_property(target, "batch_invariant")
     bitwise.check_grouped_mm(D, N, dtype, target, seed)
+
+
+@pytest.mark.declares("deterministic", "batch_invariant")
+@pytest.mark.parametrize(("K", "H", "dtype"), bitwise.COMBINE, ids=str)
+def test_combine_bitwise(K: int, H: int, dtype: torch.dtype, target: Target, seed: int) -> None:
+    _require(target, "combine", dtype)
+    bitwise.check_combine(K, H, dtype, target, seed)
+
+
+@pytest.mark.declares("deterministic", "batch_invariant")
+@pytest.mark.parametrize(("E", "k", "scoring", "dtype"), bitwise.GATE, ids=str)
+def test_gate_bitwise(E: int, k: int, scoring: str, dtype: torch.dtype, target: Target, seed: int) -> None:
+    _require(target, "gate", dtype, scoring)
+    bitwise.check_gate(E, k, scoring, dtype, target, seed)
+
+
+@pytest.mark.declares("deterministic", "batch_invariant")
+@pytest.mark.parametrize("case", bitwise.ACTIVATE, ids=name_of)
+def test_activate_bitwise(case: activate.Case, target: Target, seed: int) -> None:
+    _require(target, "activate", case.dtype, case.kind)
+    bitwise.check_activate(case, target, seed)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
+import functools
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, ParamSpec
 
 import torch
 from torch import Tensor
@@ -11,6 +14,33 @@ import polymoe
 from polymoe.testing.poison import poisoned
 from polymoe.testing.targets import Target
 from polymoe.testing.tolerances import bits
+
+P = ParamSpec("P")
+
+THREADS = 2  # of an op under test
+
+
+@contextmanager
+def threads(n: int) -> Iterator[None]:
+    """Inside, torch's intra-op pool has n threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(n)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def serial(check: Callable[P, None]) -> Callable[P, None]:
+    """Decorates a check: only the op under test runs on several threads. The many small operations of a truth gain
+    nothing from them, and on a busy machine they would spend their time waiting for one another."""
+
+    @functools.wraps(check)
+    def wrapper(*args: P.args, **kwargs: P.kwargs) -> None:
+        with threads(1):
+            check(*args, **kwargs)
+
+    return wrapper
 
 
 def _tensors(value: Any) -> list[Tensor]:
@@ -25,7 +55,7 @@ def run(target: Target, op: str, *args: Any, **kwargs: Any) -> Any:
     """Calls polymoe.<op> on the target's backend in poisoned memory, and checks that it leaves its inputs alone."""
     inputs = _tensors([*args, *kwargs.values()])
     before = [bits(tensor).clone() for tensor in inputs]
-    with torch.no_grad(), poisoned():
+    with torch.no_grad(), poisoned(), threads(THREADS):
         result = getattr(polymoe, op)(*args, **kwargs, backend=target.backend)
     for tensor, content in zip(inputs, before, strict=True):
         assert torch.equal(bits(tensor), content), f"polymoe.{op} wrote into an input of shape {tuple(tensor.shape)}"

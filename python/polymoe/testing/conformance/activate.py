@@ -11,7 +11,7 @@ from torch import Tensor
 from polymoe.ops import Plan
 from polymoe.testing.cases import Random, laid_out, routing
 from polymoe.testing.conformance import plan as plan_checks
-from polymoe.testing.conformance._run import run
+from polymoe.testing.conformance._run import run, serial
 from polymoe.testing.targets import Target
 from polymoe.testing.tolerances import (
     FUNCTION_ERRORS,
@@ -169,6 +169,7 @@ def make_h(case: Case, random: Random, S: int) -> Tensor:
     return torch.where(random.normal(S, width) > 1.6, chosen, h).to(case.dtype)
 
 
+@serial
 def check(case: Case, target: Target, seed: int) -> None:
     random = Random(seed, target.device)
     plan: Plan | None = None
@@ -198,6 +199,7 @@ def check(case: Case, target: Target, seed: int) -> None:
     assert_within(got.cpu()[used], value[used], rounding_error(value, out_dtype, bound)[used], f"activate {case.kind}")
 
 
+@serial
 def check_nan(case: Case, target: Target, seed: int) -> None:
     """NaN propagates from the gate and from the up half, and to no neighbour."""
     random = Random(seed, target.device)

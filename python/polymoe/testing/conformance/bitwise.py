@@ -10,8 +10,7 @@ Short sums of exact products have no rounding errors, so only reductions of LONG
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
@@ -19,8 +18,10 @@ from torch import Tensor
 
 import polymoe
 from polymoe.testing.cases import Random, routing
+from polymoe.testing.conformance import activate as activate_checks
 from polymoe.testing.conformance import experts as experts_checks
 from polymoe.testing.conformance import plan as plan_checks
+from polymoe.testing.conformance._run import THREADS, serial, threads
 from polymoe.testing.conformance.experts import Inputs
 from polymoe.testing.targets import Target
 from polymoe.testing.tolerances import arithmetic_dtype, assert_same_bits, bits
@@ -44,6 +45,19 @@ EXPERTS_OTHER_LAYOUTS = [
     *(replace(_OTHER, dtype=dtype, interleaved=False, kind="geglu", placement="input") for dtype in (F32, BF16, F16)),
     *(replace(_OTHER, dtype=dtype, interleaved=False, kind="relu2", transposed=False) for dtype in (F32, BF16, F16)),
     *(replace(_OTHER, dtype=dtype, pattern="skipping", weight_layout="strided") for dtype in (F32, BF16, F16)),
+]
+ACTIVATE = [
+    activate_checks.Case(
+        T=MANY, I=77, kind=kind, alpha=alpha, limit=limit, dtype=dtype, out_dtype=arithmetic_dtype(dtype)
+    )
+    for kind, alpha, limit in activate_checks.KINDS
+    for dtype in (F32, BF16, F64)
+]
+COMBINE = [(6, 701, dtype) for dtype in (F32, BF16, F16, F64)]
+GATE = [
+    (160, 8, scoring, dtype)
+    for scoring in ("softmax", "softmax_topk", "sigmoid", "sqrtsoftplus")
+    for dtype in (F32, BF16, F64)
 ]
 GROUPED_MM = [(D, N, dtype) for D, N in ((4301, 37), (1111, 130)) for dtype in (F32, BF16, F16, F64)]
 
@@ -95,16 +109,6 @@ def of_tokens(inputs: Inputs, tokens: Tensor) -> Inputs:
     return inputs._replace(x=inputs.x[tokens], weights=inputs.weights[tokens], ids=inputs.ids[tokens])
 
 
-@contextmanager
-def threads(n: int) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(n)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
 def check_threads(call: Callable[[], Tensor], what: str) -> None:
     """`call` gives the same bits on 1 to 4 threads, and again on 1."""
     with threads(1):
@@ -121,34 +125,41 @@ def check_batch(call: Callable[[Tensor], Tensor], T: int, random: Random, what: 
     everywhere = random.permutation(T)
     alone = [everywhere[i : i + 1] for i in range(3)]
     for tokens in (*alone, everywhere[:7], everywhere[:64], everywhere[:64].flip(0), everywhere):
-        assert_same_bits(call(tokens), expected[tokens], f"{what}: a token among {len(tokens)} and among {T}")
+        with threads(THREADS):
+            got = call(tokens)
+        assert_same_bits(got, expected[tokens], f"{what}: a token among {len(tokens)} and among {T}")
 
 
 def call_experts(case: experts_checks.Case, inputs: Inputs, target: Target) -> Tensor:
     return polymoe.experts(*inputs[:5], **experts_checks.options(case, inputs), backend=target.backend)
 
 
+@serial
 def check_experts_threads(case: experts_checks.Case, target: Target, seed: int) -> None:
     inputs = cancelling_experts(case, Random(seed, target.device))
     check_threads(lambda: call_experts(case, inputs, target), "experts")
 
 
+@serial
 def check_experts_batch(case: experts_checks.Case, target: Target, seed: int) -> None:
     random = Random(seed, target.device)
     inputs = cancelling_experts(case, random)
     check_batch(lambda tokens: call_experts(case, of_tokens(inputs, tokens), target), case.T, random, "experts")
 
 
+@serial
 def check_experts_composition(case: experts_checks.Case, target: Target, seed: int) -> None:
     random = Random(seed, target.device)
     everything = cancelling_experts(case, random)
     for T in (1, 7, 64, case.T):
         inputs = of_tokens(everything, random.permutation(case.T)[:T])
-        got = call_experts(case, inputs, target)
-        expected = experts_checks.composition(case, inputs, target.backend)
+        with threads(THREADS):
+            got = call_experts(case, inputs, target)
+            expected = experts_checks.composition(case, inputs, target.backend)
         assert_same_bits(got, expected, f"experts and the composition of the small ops, {T} tokens")
 
 
+@serial
 def check_experts_sensitive(case: experts_checks.Case, target: Target, seed: int) -> None:
     """Another order of a long reduction changes most bits: the inputs show what they are for. `case` is gated, neither
     transposed nor interleaved."""
@@ -184,6 +195,7 @@ def grouped_rows(a: Tensor, b: Tensor, group: Tensor, target: Target) -> Tensor:
     return sums[order.argsort()]
 
 
+@serial
 def check_grouped_mm(D: int, N: int, dtype: torch.dtype, target: Target, seed: int) -> None:
     """Threads, batches, and any range of columns."""
     random = Random(seed, target.device)
@@ -200,6 +212,7 @@ def check_grouped_mm(D: int, N: int, dtype: torch.dtype, target: Target, seed: i
     assert changed.double().mean() > 0.5, "another order of the reduction must change the bits of these inputs"
 
 
+@serial
 def check_combine(K: int, H: int, dtype: torch.dtype, target: Target, seed: int) -> None:
     random = Random(seed, target.device)
     ids = routing(random, "skipping", MANY, K, K)
@@ -220,6 +233,7 @@ def check_combine(K: int, H: int, dtype: torch.dtype, target: Target, seed: int)
     check_batch(call, MANY, random, "combine")
 
 
+@serial
 def check_gate(E: int, k: int, scoring: str, dtype: torch.dtype, target: Target, seed: int) -> None:
     random = Random(seed, target.device)
     logits, bias = random.normal(MANY, E, dtype=dtype, scale=3.0), random.normal(E)
@@ -232,15 +246,21 @@ def check_gate(E: int, k: int, scoring: str, dtype: torch.dtype, target: Target,
     check_batch(call, MANY, random, "gate")
 
 
-def check_activate(
-    kind: str, alpha: float | None, limit: float | None, dtype: torch.dtype, target: Target, seed: int
-) -> None:
+@serial
+def check_activate(case: activate_checks.Case, target: Target, seed: int) -> None:
     random = Random(seed, target.device)
-    h = random.normal(MANY, 2 * 77, dtype=dtype, scale=3.0)
-    out_dtype = arithmetic_dtype(dtype)
+    h = activate_checks.make_h(case, random, case.T)
 
     def call(rows: Tensor) -> Tensor:
-        return polymoe.activate(h[rows], kind, alpha, limit, out_dtype=out_dtype, backend=target.backend)
+        return polymoe.activate(
+            h[rows],
+            case.kind,
+            case.alpha,
+            case.limit,
+            case.interleaved,
+            out_dtype=case.out_dtype,
+            backend=target.backend,
+        )
 
-    check_threads(lambda: call(torch.arange(MANY, device=random.device)), "activate")
-    check_batch(call, MANY, random, "activate")
+    check_threads(lambda: call(torch.arange(case.T, device=random.device)), "activate")
+    check_batch(call, case.T, random, "activate")

@@ -10,7 +10,7 @@ from torch import Tensor
 from polymoe.ops import Plan
 from polymoe.testing.cases import Random, laid_out, routing
 from polymoe.testing.conformance import plan as plan_checks
-from polymoe.testing.conformance._run import run
+from polymoe.testing.conformance._run import run, serial
 from polymoe.testing.targets import Target
 from polymoe.testing.tolerances import arithmetic_dtype, arithmetic_roundoff, assert_within, rounding_error, smallest
 
@@ -73,6 +73,7 @@ def error(magnitude: Tensor, K: int, dtype: torch.dtype) -> Tensor:
     return magnitude * ((K + 1) * arithmetic_roundoff(dtype)) + K * smallest(arithmetic_dtype(dtype))
 
 
+@serial
 def check(case: Case, target: Target, seed: int) -> None:
     random = Random(seed, target.device)
     S = case.T * case.K

@@ -10,7 +10,7 @@ from torch import Tensor
 from polymoe.ops import Plan
 from polymoe.testing.cases import Random, laid_out, routing
 from polymoe.testing.conformance import plan as plan_checks
-from polymoe.testing.conformance._run import run
+from polymoe.testing.conformance._run import run, serial
 from polymoe.testing.targets import Target
 from polymoe.testing.tolerances import arithmetic_dtype, assert_same_bits
 
@@ -64,6 +64,7 @@ def truth(x: Tensor, plan: Plan, weights: Tensor | None) -> Tensor:
     return out
 
 
+@serial
 def check(case: Case, target: Target, seed: int) -> None:
     random = Random(seed, target.device)
     x = laid_out(random.normal(case.T, case.H, dtype=case.dtype), case.layout)

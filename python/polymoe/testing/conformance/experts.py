@@ -18,7 +18,7 @@ from polymoe.testing.conformance import combine as combine_checks
 from polymoe.testing.conformance import dispatch as dispatch_checks
 from polymoe.testing.conformance import grouped_mm as grouped_mm_checks
 from polymoe.testing.conformance import plan as plan_checks
-from polymoe.testing.conformance._run import run
+from polymoe.testing.conformance._run import THREADS, run, serial, threads
 from polymoe.testing.conformance.activate import KINDS, UNGATED
 from polymoe.testing.poison import poisoned
 from polymoe.testing.targets import Target
@@ -252,6 +252,7 @@ def composition(case: Case, inputs: Inputs, backend: str) -> Tensor:
     return polymoe.combine(y, p, placed["output"], case.dtype, backend=backend)
 
 
+@serial
 def check(case: Case, target: Target, seed: int) -> None:
     """The result against float64 and, to the bit, against the composition of the small ops; then what the low-level op
     saves for a backward."""
@@ -260,7 +261,7 @@ def check(case: Case, target: Target, seed: int) -> None:
     assert got.dtype == case.dtype
     expected = truth(case, inputs)
     assert_within(got, expected.out, expected.bound, f"experts {case.kind}")
-    with torch.no_grad():
+    with torch.no_grad(), threads(THREADS):
         composed = composition(case, inputs, target.backend)
     assert_same_bits(got, composed, "experts and the composition of the small ops")
     _check_save(case, inputs, target, got, expected)
@@ -268,7 +269,7 @@ def check(case: Case, target: Target, seed: int) -> None:
 
 def _check_save(case: Case, inputs: Inputs, target: Target, out: Tensor, expected: Truth) -> None:
     op, kwargs = torch.ops.polymoe.experts, options(case, inputs) | {"backend": target.backend}
-    with torch.no_grad(), poisoned():
+    with torch.no_grad(), poisoned(), threads(THREADS):
         not_saved = op(*inputs[:5], **kwargs)[1:]
         saved_out, pre_activation, *plan = op(*inputs[:5], **kwargs, save=True)
     for tensor, dtype in zip(not_saved, (case.dtype, *[torch.int32] * 3), strict=True):

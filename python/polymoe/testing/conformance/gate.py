@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from polymoe.testing.cases import Random, laid_out
-from polymoe.testing.conformance._run import run
+from polymoe.testing.conformance._run import run, serial
 from polymoe.testing.targets import Target
 from polymoe.testing.tolerances import (
     FUNCTION_ERRORS,
@@ -223,6 +223,7 @@ def _sigmoid(z: float) -> float:
     return 1.0 / (1.0 + math.exp(-z)) if z >= 0 else math.exp(z) / (1.0 + math.exp(z))
 
 
+@serial
 def check(case: Case, target: Target, seed: int) -> None:
     inputs = make_inputs(case, Random(seed, target.device))
     weights, ids = run(

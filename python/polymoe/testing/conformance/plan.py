@@ -9,7 +9,7 @@ from torch import Tensor
 
 from polymoe.ops import Plan
 from polymoe.testing.cases import Random, laid_out, routing
-from polymoe.testing.conformance._run import run
+from polymoe.testing.conformance._run import run, serial
 from polymoe.testing.targets import Target
 
 
@@ -74,6 +74,7 @@ def make_ids(case: Case, random: Random) -> Tensor:
     return laid_out(ids, case.layout)
 
 
+@serial
 def check(case: Case, target: Target, seed: int) -> None:
     ids = make_ids(case, Random(seed, target.device))
     got = run(target, "plan", ids, case.E)
