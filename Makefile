@@ -2,8 +2,8 @@
 VENV := .venv
 PY := $(VENV)/bin/python
 PYTHON ?= python3
-# Where `make setup` gets torch. Use another index for a GPU build, for example .../whl/cu130.
-TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
+# Where `make setup` gets torch: the usual package index, or another one, for example of CPU builds.
+TORCH_INDEX ?=
 
 DEPENDENCIES := $(VENV)/polymoe-requirements.txt
 BUILT := build/built
@@ -25,13 +25,13 @@ help: ## this list
 setup: $(DEPENDENCIES) build ## create .venv with the pinned dependencies, build, make polymoe importable there
 	@echo "ready: $(PY)"
 
-# The stamp is a copy of the requirements as they were installed, so it changes only with them. Torch comes first, by
-# itself: only its own index has a build without GPU libraries.
+# The stamp is a copy of the requirements as they were installed, so it changes only with them. Torch comes first and by
+# itself, so that it can have an index of its own.
 $(DEPENDENCIES): requirements-dev.txt
 	@test -x $(PY) || { echo "creating $(VENV)"; $(PYTHON) -m venv $(VENV); }
 	@cmp -s $< $@ || { \
 	  echo "installing the pinned dependencies"; \
-	  $(PY) -m pip install --retries 1 --no-deps --extra-index-url $(TORCH_INDEX) $$(grep '^torch==' $<) && \
+	  $(PY) -m pip install --no-deps $(TORCH_INDEX:%=--index-url %) $$(grep '^torch==' $<) && \
 	  $(PY) -m pip install -r $<; }
 	@$(PY) -c "import os, sysconfig; open(os.path.join(sysconfig.get_path('purelib'), 'polymoe.pth'), 'w').write(os.path.abspath('python') + '\n')"
 	@cp $< $@

@@ -76,28 +76,10 @@ at::Tensor check_bias(const char* name, const std::optional<at::Tensor>& bias, c
   return kernel_bias(*bias, kernel_dtype(x.scalar_type()));
 }
 
-struct Plan {
-  at::Tensor offsets, row_slot, slot_row;
-
-  Plan(const at::Tensor& ids, int64_t experts)
-      : offsets(at::empty({experts + 1}, ids.options().dtype(at::kInt))),
-        row_slot(at::empty({ids.numel()}, ids.options().dtype(at::kInt))),
-        slot_row(at::empty({ids.size(0), ids.size(1)}, ids.options().dtype(at::kInt))) {
-    const auto build = [&](const auto* data) {
-      build_plan(data, ids.stride(0), ids.stride(1), ids.size(0), ids.size(1), experts,
-                 offsets.mutable_data_ptr<int32_t>(), row_slot.mutable_data_ptr<int32_t>(),
-                 slot_row.mutable_data_ptr<int32_t>());
-    };
-    if (ids.scalar_type() == at::kInt)
-      build(ids.const_data_ptr<int32_t>());
-    else
-      build(ids.const_data_ptr<int64_t>());
-  }
-
-  ChunkPlan pointers() const {
-    return {offsets.const_data_ptr<int32_t>(), row_slot.const_data_ptr<int32_t>(), slot_row.const_data_ptr<int32_t>()};
-  }
-};
+ChunkPlan pointers(const PlanTensors& plan) {
+  return {plan.offsets.const_data_ptr<int32_t>(), plan.row_slot.const_data_ptr<int32_t>(),
+          plan.slot_row.const_data_ptr<int32_t>()};
+}
 
 Operand rows_of_expert_0(const at::Tensor& weight, bool transposed) {
   const int64_t size = weight.element_size();
@@ -149,11 +131,11 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> experts_c
     args.down_bias_dtype = kernel_dtype(out_bias.scalar_type());
   }
 
-  std::optional<Plan> whole;
+  PlanTensors whole;
   if (save) {
-    whole.emplace(ids, s.E);
+    whole = build_plan(ids, s.E);
     args.pre_activation = static_cast<char*>(pre.mutable_data_ptr());
-    const int64_t used = whole->pointers().offsets[s.E];
+    const int64_t used = pointers(whole).offsets[s.E];
     pre.narrow(0, used, s.T * s.K - used).zero_();
   }
   const int64_t step = std::max<int64_t>(1, kChunkSlots / std::max<int64_t>(s.K, 1));
@@ -162,17 +144,17 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> experts_c
     args.x = static_cast<const char*>(rows.const_data_ptr()) + begin * args.x_stride;
     args.weights = static_cast<const char*>(routing.const_data_ptr()) + begin * s.K * routing.element_size();
     args.out = static_cast<char*>(out.mutable_data_ptr()) + begin * s.H * size;
-    if (save) args.pre_activation_row = whole->pointers().slot_row + begin * s.K;
+    if (save) args.pre_activation_row = pointers(whole).slot_row + begin * s.K;
     if (save && args.tokens == s.T) {
-      run_experts(args, whole->pointers());
+      run_experts(args, pointers(whole));
     } else {
-      const Plan chunk(ids.narrow(0, begin, args.tokens), s.E);
-      run_experts(args, chunk.pointers());
+      const PlanTensors chunk = build_plan(ids.narrow(0, begin, args.tokens), s.E);
+      run_experts(args, pointers(chunk));
     }
   }
   const auto nothing = [&] { return at::empty({0}, x.options().dtype(at::kInt)); };
   if (!save) return {out, pre, nothing(), nothing(), nothing()};
-  return {out, pre, whole->offsets, whole->row_slot, whole->slot_row};
+  return {out, pre, whole.offsets, whole.row_slot, whole.slot_row};
 }
 
 TORCH_LIBRARY_IMPL(polymoe, CPU, m) { POLYMOE_IMPL(m, "experts", experts_cpu); }

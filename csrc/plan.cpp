@@ -8,6 +8,7 @@
 #include <algorithm>
 #include <limits>
 #include <tuple>
+#include <type_traits>
 #include <utility>
 #include <vector>
 
@@ -84,6 +85,18 @@ void build_in_ranges(const Ids<Id>& ids, int64_t T, int64_t ranges, int32_t* off
   });
 }
 
+template <class Id>
+void build_rows(const Ids<Id>& ids, int64_t T, int32_t* offsets, int32_t* row_slot, int32_t* slot_row) {
+  const int64_t slots = T * ids.K;
+  const int64_t ranges = std::min<int64_t>(num_threads(), slots / std::max(kMinRangeSlots, ids.E));
+  if (ranges > 1) {
+    build_in_ranges(ids, T, ranges, offsets, row_slot, slot_row);
+  } else {
+    build_serially(ids, T, offsets, row_slot, slot_row);
+  }
+  std::fill(row_slot + offsets[ids.E], row_slot + slots, -1);
+}
+
 std::tuple<at::Tensor, at::Tensor, at::Tensor> plan_cpu(const at::Tensor& ids, int64_t num_experts, c10::string_view) {
   check_cpu("plan", "ids", ids);
   check_dtype("plan", "ids", ids, {at::kInt, at::kLong});
@@ -92,41 +105,30 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> plan_cpu(const at::Tensor& ids, i
   POLYMOE_CHECK(ids.numel() <= std::numeric_limits<int32_t>::max(), "plan", "ids", "fewer than 2^31 slots",
                 describe(ids));
 
-  const at::TensorOptions int32 = ids.options().dtype(at::kInt);
-  const at::Tensor offsets = at::empty({num_experts + 1}, int32);
-  const at::Tensor row_slot = at::empty({ids.numel()}, int32);
-  const at::Tensor slot_row = at::empty(ids.sizes(), int32);
-  const auto build = [&](const auto* data) {
-    build_plan(data, ids.stride(0), ids.stride(1), ids.size(0), ids.size(1), num_experts,
-               offsets.mutable_data_ptr<int32_t>(), row_slot.mutable_data_ptr<int32_t>(),
-               slot_row.mutable_data_ptr<int32_t>());
-  };
-  if (ids.scalar_type() == at::kInt) {
-    build(ids.const_data_ptr<int32_t>());
-  } else {
-    build(ids.const_data_ptr<int64_t>());
-  }
-  return {offsets, row_slot, slot_row};
+  const PlanTensors plan = build_plan(ids, num_experts);
+  return {plan.offsets, plan.row_slot, plan.slot_row};
 }
 
 TORCH_LIBRARY_IMPL(polymoe, CPU, m) { POLYMOE_IMPL(m, "plan", plan_cpu); }
 
 }  // namespace
 
-template <class Id>
-void build_plan(const Id* data, int64_t t_stride, int64_t k_stride, int64_t T, int64_t K, int64_t E, int32_t* offsets,
-                int32_t* row_slot, int32_t* slot_row) {
-  const Ids<Id> ids{data, t_stride, k_stride, K, E};
-  const int64_t ranges = std::min<int64_t>(num_threads(), T * K / std::max(kMinRangeSlots, E));
-  if (ranges > 1) {
-    build_in_ranges(ids, T, ranges, offsets, row_slot, slot_row);
+PlanTensors build_plan(const at::Tensor& ids, int64_t num_experts) {
+  const at::TensorOptions int32 = ids.options().dtype(at::kInt);
+  const PlanTensors plan{at::empty({num_experts + 1}, int32), at::empty({ids.numel()}, int32),
+                         at::empty(ids.sizes(), int32)};
+  const auto build = [&](const auto* data) {
+    build_rows(Ids<std::remove_const_t<std::remove_pointer_t<decltype(data)>>>{data, ids.stride(0), ids.stride(1),
+                                                                               ids.size(1), num_experts},
+               ids.size(0), plan.offsets.mutable_data_ptr<int32_t>(), plan.row_slot.mutable_data_ptr<int32_t>(),
+               plan.slot_row.mutable_data_ptr<int32_t>());
+  };
+  if (ids.scalar_type() == at::kInt) {
+    build(ids.const_data_ptr<int32_t>());
   } else {
-    build_serially(ids, T, offsets, row_slot, slot_row);
+    build(ids.const_data_ptr<int64_t>());
   }
-  std::fill(row_slot + offsets[E], row_slot + T * K, -1);
+  return plan;
 }
-
-template void build_plan(const int32_t*, int64_t, int64_t, int64_t, int64_t, int64_t, int32_t*, int32_t*, int32_t*);
-template void build_plan(const int64_t*, int64_t, int64_t, int64_t, int64_t, int64_t, int32_t*, int32_t*, int32_t*);
 
 }  // namespace polymoe

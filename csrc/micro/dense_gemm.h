@@ -39,24 +39,24 @@ struct DenseGemmTable {
   const DenseGemm* by_dtype[kDtypes];
 };
 
-// Internal linkage, because sources of every ISA level share this.
-namespace {
-
 // m rows in as few groups of at most `max_rows` as possible, as even as possible: 5 rows are 3 + 2, not 4 + 1.
 // A group holds its rows interleaved by step, and the groups lie one after the other.
+//
+// Always inlined: sources of every ISA level share this, and the linker must have no copy to choose.
 struct RowGroups {
   int64_t count, size, larger;  // `larger` groups of size + 1 come first
 
-  RowGroups(int64_t m, int64_t max_rows)
+  [[gnu::always_inline]] RowGroups(int64_t m, int64_t max_rows)
       : count((m + max_rows - 1) / max_rows), size(count ? m / count : 0), larger(count ? m % count : 0) {}
 
-  int64_t first_row(int64_t group) const { return group * size + (group < larger ? group : larger); }
-  int rows(int64_t group) const { return int(size + (group < larger)); }
-  int64_t group_of(int64_t row) const {
+  [[gnu::always_inline]] int64_t first_row(int64_t group) const {
+    return group * size + (group < larger ? group : larger);
+  }
+  [[gnu::always_inline]] int rows(int64_t group) const { return int(size + (group < larger)); }
+  [[gnu::always_inline]] int64_t group_of(int64_t row) const {
     const int64_t in_larger = larger * (size + 1);
     return row < in_larger ? row / (size + 1) : larger + (row - in_larger) / size;
   }
 };
 
-}  // namespace
 }  // namespace polymoe

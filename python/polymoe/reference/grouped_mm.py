@@ -41,7 +41,7 @@ def grouped_mm(
 def _groups(offs: Tensor, size: int) -> list[slice]:
     """The range of every group. Reading the offsets makes the host wait for the device."""
     ends = offs.tolist()
-    starts = [0, *ends[:-1]]
+    starts = [0, *ends][: len(ends)]
     if any(start > end for start, end in zip(starts, ends, strict=True)) or (ends and ends[-1] > size):
         raise ValueError(f"polymoe.grouped_mm: offs: expected ends that do not decrease, in [0, {size}], got {ends}")
     return [slice(start, end) for start, end in zip(starts, ends, strict=True)]
