@@ -8,7 +8,7 @@ TORCH_INDEX ?=
 DEPENDENCIES := $(VENV)/polymoe-requirements.txt
 BUILT := build/built
 SOURCES := setup.py $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.h)
-CXX_FILES = $(filter-out setup.py,$(SOURCES))
+CXX_FILES = $(filter-out setup.py,$(SOURCES)) $(wildcard tests/cpp/*.cpp)
 PY_FILES := setup.py python tests benchmarks examples kernels
 EXTENSION := $(wildcard python/polymoe/_C*.so)
 # A file that changes with the list of sources, so that a removed source is noticed too.
