@@ -41,6 +41,7 @@ IMPLEMENTATIONS = ("eager", "grouped_mm", "polymoe")
 HIDDEN, INTERMEDIATE, TOP_K = 4096, 2048, 6
 HASH_LAYERS = 3
 EXPERT_BYTES = 3 * HIDDEN * INTERMEDIATE * 2  # gate, up and down in bf16
+SECONDS = 50  # for one workload, once it has three rounds
 START = time.perf_counter()
 
 
@@ -264,7 +265,11 @@ def decode(model: DeepseekV4ForCausalLM, text: Tensor, prompt: int, tokens: int)
 
 
 def measure(model: DeepseekV4ForCausalLM, workload: Workload, rounds: int, watch: Stopwatch) -> None:
+    """`rounds` rounds, or 3 on a machine where more would take longer than SECONDS."""
+    start = time.perf_counter()
     for round_ in range(rounds):
+        if round_ >= 3 and time.perf_counter() - start > SECONDS:
+            break
         prepared = workload.prepare(round_)
         for turn in range(len(IMPLEMENTATIONS)):
             implementation = IMPLEMENTATIONS[(round_ + turn) % len(IMPLEMENTATIONS)]

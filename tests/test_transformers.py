@@ -13,6 +13,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounterWithBackend
 from transformers import (
     DeepseekV3Config,
     DeepseekV3ForCausalLM,
@@ -426,12 +427,28 @@ def test_dtypes_are_cast_as_transformers_does() -> None:
     assert_same_bits(again, narrow, "weights in float64, ids in int32")
 
 
+@pytest.mark.parametrize("name", ["mixtral", "muse_spark"])
+def test_gradients_are_refused_where_they_are_asked_for(name: str) -> None:
+    module = filled(FAMILIES[name][0]).requires_grad_()
+    x, ids, weights = routed(5)
+    with torch.no_grad():
+        expected = experts_forward(module, x, ids, weights)
+    out = experts_forward(module, x, ids, weights)
+    assert_same_bits(out.detach(), expected, name)
+    with pytest.raises(NotImplementedError, match="backward"):
+        out.sum().backward()
+
+
 @pytest.mark.parametrize("name", ["mixtral", "gpt_oss", "muse_spark"])
-def test_compile_without_graph_breaks(name: str) -> None:
+def test_compiles_once_for_any_number_of_tokens(name: str) -> None:
     module = filled(FAMILIES[name][0])
     torch._dynamo.reset()
-    compiled = torch.compile(module, fullgraph=True, dynamic=True, backend="aot_eager")
+    graphs = CompileCounterWithBackend("aot_eager")
+    counts: list[int] = []
+    compiled = torch.compile(module, fullgraph=True, dynamic=True, backend=graphs)
     module.config = config()
     for tokens in (9, 40):
         x, ids, weights = routed(tokens)
         assert_same_bits(compiled(x, ids, weights), experts_forward(module, x, ids, weights), name)
+        counts.append(graphs.frame_count)
+    assert counts[0] == counts[1]

@@ -194,9 +194,7 @@ class Router(nn.Module):
         assert self.tid2eid is not None
         if token_ids is None:
             check_that.fail("nn.Router", "token_ids", "token ids [T] for hash routing", None)
-        _expect(
-            token_ids.shape == x.shape[:1], "Router", "token_ids", f"shape {tuple(x.shape[:1])}", tuple(token_ids.shape)
-        )
+        check_that.shape("nn.Router", "token_ids", token_ids, {"T": x.shape[0]})
         if token_mask is not None:
             token_ids = token_ids.masked_fill(~token_mask, 0)  # masked tokens may carry any id, such as -100
         return self.tid2eid.index_select(0, token_ids)
