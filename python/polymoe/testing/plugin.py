@@ -1,6 +1,7 @@
 """The pytest plugin of the conformance kit: options, targets and seeds.
 
-Fixtures: `target`, parametrised over backends and ISA levels, at whose level the test runs; `seed`, new in every run.
+Fixtures: `target`, parametrised over backends and ISA levels, at whose level the test runs; `seed`, new in every run
+and different for every test; `run_seed`, one for all tests.
 Marker: `declares(*properties)`, for a test that only concerns backends with these properties.
 """
 
@@ -60,6 +61,12 @@ def target(request: pytest.FixtureRequest) -> Iterator[Target]:
         yield chosen
 
 
+@pytest.fixture(scope="session")
+def run_seed(request: pytest.FixtureRequest) -> int:
+    """The same for all tests of a run."""
+    return request.config.stash[_SEED]
+
+
 @pytest.fixture
 def seed(request: pytest.FixtureRequest) -> int:
     """Different for every test of a run, and the same whichever other tests run."""
@@ -69,6 +76,6 @@ def seed(request: pytest.FixtureRequest) -> int:
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
     report = yield
-    if report.failed and "seed" in getattr(item, "fixturenames", ()):
+    if report.failed and {"seed", "run_seed"} & set(getattr(item, "fixturenames", ())):
         report.sections.append(("polymoe", f"same random inputs: --polymoe-seed {item.config.stash[_SEED]}"))
     return report
