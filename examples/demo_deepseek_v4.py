@@ -292,6 +292,7 @@ def logit_errors(model: DeepseekV4ForCausalLM, ids: Tensor) -> dict[str, float]:
         with experts_implementation(model, implementation):
             logits = model(ids, use_cache=False).logits.double()
         errors[implementation] = float((logits - truth).norm() / truth.norm())
+        say(f"logit error of {implementation}: {errors[implementation]:.5f}")
     return errors
 
 
