@@ -15,8 +15,8 @@ constexpr int64_t kBlockSteps = 128;
 constexpr int kMaxRows = 4;
 constexpr int kColumns[kMaxRows] = {8, 8, 8, 6};
 #elif defined(POLYMOE_LEVEL_AVX2)
-constexpr int kMaxRows = 2;
-constexpr int kColumns[kMaxRows] = {6, 6};
+constexpr int kMaxRows = 4;
+constexpr int kColumns[kMaxRows] = {6, 5, 4, 3};
 #else
 constexpr int kMaxRows = 2;
 constexpr int kColumns[kMaxRows] = {2, 2};
@@ -47,21 +47,14 @@ void tile(const char* a, const char* const* w, const Steps& steps, typename F::S
 
   for (int64_t s = steps.begin; s < steps.end; ++s) {
     for (int i = 0; i < next.count; ++i) __builtin_prefetch(next.row[i] + s * w_bytes, 0, 2);
-#pragma GCC unroll 2
-    for (int part = 0; part < F::parts; ++part) {
-      // Hides that both parts read the same weights: kept in registers for the next part, they would push out
-      // accumulators.
-      int64_t at = s * w_bytes;
-      asm volatile("" : "+r"(at));
-      typename F::X x[ROWS];
+    typename F::X x[ROWS];
 #pragma GCC unroll 4
-      for (int i = 0; i < ROWS; ++i) x[i] = F::load_x(a + (s * ROWS + i) * x_bytes, part);
+    for (int i = 0; i < ROWS; ++i) x[i] = F::load_x(a + (s * ROWS + i) * x_bytes);
 #pragma GCC unroll 8
-      for (int j = 0; j < COLUMNS; ++j) {
-        const typename F::X wj = F::load_w(w[j] + at, part);
+    for (int j = 0; j < COLUMNS; ++j) {
+      const typename F::X wj = F::load_w(w[j] + s * w_bytes);
 #pragma GCC unroll 4
-        for (int i = 0; i < ROWS; ++i) acc[i * COLUMNS + j] = F::multiply_add(acc[i * COLUMNS + j], x[i], wj);
-      }
+      for (int i = 0; i < ROWS; ++i) acc[i * COLUMNS + j] = F::multiply_add(acc[i * COLUMNS + j], x[i], wj);
     }
   }
   if (steps.tail) {
@@ -69,14 +62,11 @@ void tile(const char* a, const char* const* w, const Steps& steps, typename F::S
     for (int j = 0; j < COLUMNS; ++j) {
       char last[w_bytes] = {};
       __builtin_memcpy(last, w[j] + steps.end * w_bytes, size_t(steps.tail) * sizeof(typename F::Stored));
-#pragma GCC unroll 2
-      for (int part = 0; part < F::parts; ++part) {
-        const typename F::X wj = F::load_w(last, part);
+      const typename F::X wj = F::load_w(last);
 #pragma GCC unroll 4
-        for (int i = 0; i < ROWS; ++i)
-          acc[i * COLUMNS + j] =
-              F::multiply_add(acc[i * COLUMNS + j], F::load_x(a + (steps.end * ROWS + i) * x_bytes, part), wj);
-      }
+      for (int i = 0; i < ROWS; ++i)
+        acc[i * COLUMNS + j] =
+            F::multiply_add(acc[i * COLUMNS + j], F::load_x(a + (steps.end * ROWS + i) * x_bytes), wj);
     }
   }
 
@@ -93,30 +83,30 @@ void tile(const char* a, const char* const* w, const Steps& steps, typename F::S
 template <class F>
 using Tile = void (*)(const char*, const char* const*, const Steps&, typename F::Sum*, int64_t, const Prefetch&);
 
+// Shapes past the level's tables are never asked for; they name a shape that exists anyway.
+template <class F, int ROWS, int COLUMNS>
+constexpr Tile<F> tile_or_1 = tile<F, ROWS, (COLUMNS <= kColumns[ROWS - 1] ? COLUMNS : 1)>;
+
 template <class F, int ROWS>
 Tile<F> tile_of(int columns) {
-  static constexpr Tile<F> tiles[kMaxColumns] = {
-      tile<F, ROWS, 1>,
-      tile<F, ROWS, 2>,
-#if defined(POLYMOE_LEVEL_PORTABLE)
-  };
-#else
-      tile<F, ROWS, 3>,
-      tile<F, ROWS, 4>,
-      tile<F, ROWS, (kColumns[ROWS - 1] >= 5 ? 5 : 1)>,
-      tile<F, ROWS, (kColumns[ROWS - 1] >= 6 ? 6 : 1)>,
-      tile<F, ROWS, (kColumns[ROWS - 1] >= 7 ? 7 : 1)>,
-      tile<F, ROWS, (kColumns[ROWS - 1] >= 8 ? 8 : 1)>};
-#endif
+  static constexpr Tile<F> tiles[kMaxColumns] = {tile_or_1<F, ROWS, 1>, tile_or_1<F, ROWS, 2>, tile_or_1<F, ROWS, 3>,
+                                                 tile_or_1<F, ROWS, 4>, tile_or_1<F, ROWS, 5>, tile_or_1<F, ROWS, 6>,
+                                                 tile_or_1<F, ROWS, 7>, tile_or_1<F, ROWS, 8>};
   return tiles[columns - 1];
 }
 
 template <class F>
 Tile<F> tile_of(int rows, int columns) {
-  if (rows == 1) return tile_of<F, 1>(columns);
-  if (rows == 2 || kMaxRows == 2) return tile_of<F, 2>(columns);
-  if (rows == 3 || kMaxRows == 3) return tile_of<F, (kMaxRows < 3 ? kMaxRows : 3)>(columns);
-  return tile_of<F, kMaxRows>(columns);
+  switch (rows) {
+    case 1:
+      return tile_of<F, 1>(columns);
+    case 2:
+      return tile_of<F, 2>(columns);
+    case 3:
+      return tile_of<F, (kMaxRows >= 3 ? 3 : 1)>(columns);
+    default:
+      return tile_of<F, (kMaxRows >= 4 ? 4 : 1)>(columns);
+  }
 }
 
 const char* weight_row(const WeightRows& w, int64_t j) {
