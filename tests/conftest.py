@@ -12,6 +12,6 @@ _COMMON = {
     "print_blob": True,
     "suppress_health_check": [HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 }
-settings.register_profile("ci", max_examples=10, **_COMMON)
+settings.register_profile("ci", max_examples=20, **_COMMON)
 settings.register_profile("sweep", max_examples=500, **_COMMON)
 settings.load_profile("ci")

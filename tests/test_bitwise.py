@@ -9,6 +9,7 @@ from polymoe.testing.conformance import bitwise
 EXPERTS = bitwise.EXPERTS + bitwise.EXPERTS_OTHER_LAYOUTS
 
 
+@pytest.mark.declares("deterministic")  # the others show it in test_experts.py, on ordinary inputs
 @pytest.mark.parametrize("case", EXPERTS, ids=name_of)
 def test_experts_is_the_composition_of_the_small_ops(case, target, seed):
     bitwise.check_experts_composition(case, target, seed)

@@ -51,12 +51,25 @@ def _tensors(value: Any) -> list[Tensor]:
     return []
 
 
+def _all_nan(value: Any) -> Any:
+    """The same arguments, with NaN in place of every float, laid out alike."""
+    if isinstance(value, Tensor) and value.dtype.is_floating_point:
+        extent = 1 + sum((n - 1) * stride for n, stride in zip(value.shape, value.stride(), strict=True))
+        return value.new_full((max(extent, 0),), torch.nan).as_strided(value.shape, value.stride())
+    return value
+
+
 def run(target: Target, op: str, *args: Any, **kwargs: Any) -> Any:
-    """Calls polymoe.<op> on the target's backend in poisoned memory, and checks that it leaves its inputs alone."""
+    """Calls polymoe.<op> on the target's backend in poisoned memory, and checks that it leaves its inputs alone.
+
+    Kernels may keep scratch memory from call to call. What a call on NaN leaves there poisons it too.
+    """
     inputs = _tensors([*args, *kwargs.values()])
     before = [bits(tensor).clone() for tensor in inputs]
+    call = functools.partial(getattr(polymoe, op), backend=target.backend)
     with torch.no_grad(), poisoned(), threads(THREADS):
-        result = getattr(polymoe, op)(*args, **kwargs, backend=target.backend)
+        call(*map(_all_nan, args), **{name: _all_nan(value) for name, value in kwargs.items()})
+        result = call(*args, **kwargs)
     for tensor, content in zip(inputs, before, strict=True):
         assert torch.equal(bits(tensor), content), f"polymoe.{op} wrote into an input of shape {tuple(tensor.shape)}"
     return result
