@@ -86,9 +86,9 @@ build/address build/thread: build/%: FORCE
 sanitize-address: $(DEPENDENCIES) build/address
 	PYTHONPATH=build/address LD_PRELOAD="$(call RUNTIME,libasan.so) $(call RUNTIME,libstdc++.so)" \
 	  ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
-	  $(PY) -m pytest -x -m "not slow" $(SANITIZED_TESTS)
+	  $(PY) -m pytest -m "not slow" $(SANITIZED_TESTS)
 
 sanitize-thread: $(DEPENDENCIES) build/thread
 	PYTHONPATH=build/thread LD_PRELOAD="$(call RUNTIME,libtsan.so) $(call RUNTIME,libstdc++.so)" \
 	  TSAN_OPTIONS="ignore_noninstrumented_modules=1 halt_on_error=1" \
-	  setarch -R $(PY) -m pytest -x -m "not slow" tests/test_plan.py tests/test_experts.py
+	  setarch -R $(PY) -m pytest -m "not slow" tests/test_plan.py tests/test_experts.py
