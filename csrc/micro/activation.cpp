@@ -39,7 +39,7 @@ inline V activation(const Parameters<V>& p, V g, V u) {
   if constexpr (kind == Activation::geglu_tanh) return gelu_tanh(g) * u;
   if constexpr (kind == Activation::reglu) return rectified(g) * u;
   if constexpr (kind == Activation::softcapped)
-    return p.alpha * tanh(g / p.alpha) * sigmoid(g) * p.limit * tanh(u / p.limit);
+    return product_with_sigmoid(p.alpha * tanh(g / p.alpha), g) * (p.limit * tanh(u / p.limit));
   if constexpr (kind == Activation::silu) return silu(g);
   if constexpr (kind == Activation::gelu) return gelu(g);
   if constexpr (kind == Activation::gelu_tanh) return gelu_tanh(g);
