@@ -191,6 +191,8 @@ class _Row:
             best.append(sorted(members, key=lambda e: (-self.key[e], e))[: case.group_top])
         score = [sum(self.key[e] for e in group) if group else -math.inf for group in best]
         error = [sum(self.key_error[e] + case.group_top * self.u * abs(self.key[e]) for e in group) for group in best]
+        overflow = torch.finfo(arithmetic_dtype(case.dtype)).max
+        error = [math.inf if abs(s) > overflow else e for s, e in zip(score, error, strict=True)]
         order = sorted(range(case.n_group), key=lambda g: (-score[g], g))
         last, next_ = order[: case.topk_group], order[case.topk_group :]
 
@@ -264,8 +266,8 @@ def check(case: Case, target: Target, seed: int) -> None:
         values, errors = row.weigh(got)
         truth[t], bound[t] = torch.tensor([values, errors], dtype=torch.float64)
     assert_within(weights, truth, bound, "weights")
-    # The check of the selection must not be empty. (Wild logits saturate and are equal in float32 alone; those with ties
-    # make sums of groups that are equal for other reasons than equal terms.)
+    # The check of the selection must not be empty. (Wild logits saturate and are equal in float32 alone; ties make sums
+    # of groups that are equal for other reasons than equal terms.)
     if case.logits == "normal":
         assert uncertain <= 0.2 * case.T + 1, f"{uncertain} of {case.T} selections are too close to call"
 
