@@ -192,7 +192,9 @@ class _Row:
         score = [sum(self.key[e] for e in group) if group else -math.inf for group in best]
         error = [sum(self.key_error[e] + case.group_top * self.u * abs(self.key[e]) for e in group) for group in best]
         overflow = torch.finfo(arithmetic_dtype(case.dtype)).max
-        error = [math.inf if abs(s) > overflow else e for s, e in zip(score, error, strict=True)]
+        error = [
+            math.inf if sum(abs(self.key[e]) for e in best[g]) > overflow else error[g] for g in range(case.n_group)
+        ]
         order = sorted(range(case.n_group), key=lambda g: (-score[g], g))
         last, next_ = order[: case.topk_group], order[case.topk_group :]
 
