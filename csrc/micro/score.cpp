@@ -46,16 +46,21 @@ void score_row(const T* logits, const T* bias, T* score, T* key, int64_t n) {
   const V never = set<V>(-kInfinity<T>), zero = set<V>(0);
   const bool softmax = scoring == Scoring::softmax;
   const V most = softmax ? largest_logit<T, V>(logits, bias, n) : zero;
-  V total = zero;
+  // As many partial sums as the widest level has, so that none runs long.
+  constexpr int64_t sums = kScorePadding / V::width;
+  V total[sums];
+  for (V& part : total) part = zero;
   for (int64_t i = 0; i < n; i += V::width) {
     const V logit = usable_or<T>(never, load<V>(logits + i), load<V>(bias + i));
     const V value = select(less(never, logit), score_of<scoring>(logit, most), zero);
-    total = total + value;
+    V& part = total[i / V::width % sums];
+    part = part + value;
     store(score + i, value);
     if (!softmax) store(key + i, select(less(never, logit), value + load<V>(bias + i), never));
   }
   if (!softmax) return;
-  const V divisor = set<V>(sum(total));
+  for (int64_t s = 1; s < sums; ++s) total[0] = total[0] + total[s];
+  const V divisor = set<V>(sum(total[0]));
   for (int64_t i = 0; i < n; i += V::width) {
     const V logit = usable_or<T>(never, load<V>(logits + i), load<V>(bias + i));
     const V value = select(less(never, logit), load<V>(score + i) / divisor, zero);
