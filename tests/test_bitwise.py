@@ -33,9 +33,9 @@ def test_the_inputs_show_the_order_of_a_sum(case, target, seed):
 
 
 @pytest.mark.declares("deterministic", "batch_invariant")
-@pytest.mark.parametrize(("D", "N", "dtype"), bitwise.GROUPED_MM, ids=str)
-def test_grouped_mm(D, N, dtype, target, seed):
-    bitwise.check_grouped_mm(D, N, dtype, target, seed)
+@pytest.mark.parametrize(("rows", "D", "N", "dtype"), bitwise.GROUPED_MM, ids=str)
+def test_grouped_mm(rows, D, N, dtype, target, seed):
+    bitwise.check_grouped_mm(rows, D, N, dtype, target, seed)
 
 
 @pytest.mark.declares("deterministic", "batch_invariant")

@@ -94,10 +94,10 @@ def test_experts_batch(case: experts.Case, target: Target, seed: int) -> None:
 
 
 @pytest.mark.declares("deterministic", "batch_invariant")
-@pytest.mark.parametrize(("D", "N", "dtype"), bitwise.GROUPED_MM, ids=str)
-def test_grouped_mm_bitwise(D: int, N: int, dtype: torch.dtype, target: Target, seed: int) -> None:
+@pytest.mark.parametrize(("rows", "D", "N", "dtype"), bitwise.GROUPED_MM, ids=str)
+def test_grouped_mm_bitwise(rows: int, D: int, N: int, dtype: torch.dtype, target: Target, seed: int) -> None:
     _require(target, "grouped_mm", dtype)
-    bitwise.check_grouped_mm(D, N, dtype, target, seed)
+    bitwise.check_grouped_mm(rows, D, N, dtype, target, seed)
 
 
 @pytest.mark.declares("deterministic", "batch_invariant")

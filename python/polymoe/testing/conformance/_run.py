@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any, ParamSpec
 
 import torch
@@ -17,7 +17,7 @@ from polymoe.testing.tolerances import bits
 
 P = ParamSpec("P")
 
-THREADS = 2  # of an op under test
+THREADS = 2  # of an op under test, if its backend promises the same bits on any number
 
 
 @contextmanager
@@ -29,6 +29,10 @@ def threads(n: int) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
+
+
+def op_threads(target: Target) -> AbstractContextManager[None]:
+    return threads(THREADS if target.properties.deterministic else 1)
 
 
 def serial(check: Callable[P, None]) -> Callable[P, None]:
@@ -67,7 +71,7 @@ def run(target: Target, op: str, *args: Any, **kwargs: Any) -> Any:
     inputs = _tensors([*args, *kwargs.values()])
     before = [bits(tensor).clone() for tensor in inputs]
     call = functools.partial(getattr(polymoe, op), backend=target.backend)
-    with torch.no_grad(), poisoned(), threads(THREADS):
+    with torch.no_grad(), poisoned(), op_threads(target):
         call(*map(_all_nan, args), **{name: _all_nan(value) for name, value in kwargs.items()})
         result = call(*args, **kwargs)
     for tensor, content in zip(inputs, before, strict=True):

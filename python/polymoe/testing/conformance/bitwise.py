@@ -21,13 +21,14 @@ from polymoe.testing.cases import Random, routing
 from polymoe.testing.conformance import activate as activate_checks
 from polymoe.testing.conformance import experts as experts_checks
 from polymoe.testing.conformance import plan as plan_checks
-from polymoe.testing.conformance._run import THREADS, serial, threads
+from polymoe.testing.conformance._run import THREADS, op_threads, serial, threads
 from polymoe.testing.conformance.experts import Inputs
 from polymoe.testing.targets import Target
 from polymoe.testing.tolerances import arithmetic_dtype, assert_same_bits, bits
 
 LONG = 500
-# Tokens of the largest batch; a backend may choose other tiles for it than for small ones.
+# Tokens of the largest batch: a backend may choose other tiles for it than for small ones. The cpu backend cuts experts
+# with hundreds of rows into blocks, and batches of tens of thousands of slots into chunks.
 MANY = 150
 
 BF16, F16, F32, F64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
@@ -37,6 +38,9 @@ EXPERTS = [
     *(experts_checks.Case(T=MANY, H=4301, I=25, E=3, K=2, dtype=dtype) for dtype in (F32, BF16, F16)),
     *(experts_checks.Case(T=MANY, H=25, I=4301, E=3, K=2, dtype=dtype) for dtype in (F32, BF16, F16)),
     *(experts_checks.Case(T=70, H=1111, I=515, E=2, K=1, dtype=dtype) for dtype in (F32, BF16, F16)),
+    *(experts_checks.Case(T=1200, H=521, I=40, E=2, K=1, dtype=dtype) for dtype in (F32, BF16, F16)),
+    *(experts_checks.Case(T=1200, H=40, I=521, E=2, K=1, dtype=dtype) for dtype in (F32, BF16, F16)),
+    experts_checks.Case(T=8500, H=521, I=16, E=4, K=2, dtype=BF16),
     experts_checks.Case(T=70, H=515, I=513, E=2, K=2, dtype=F64),
 ]
 _OTHER = experts_checks.Case(T=MANY, H=4301, I=33, E=3, K=2, transposed=True, interleaved=True, placement="activation")
@@ -59,7 +63,11 @@ GATE = [
     for scoring in ("softmax", "softmax_topk", "sigmoid", "sqrtsoftplus")
     for dtype in (F32, BF16, F64)
 ]
-GROUPED_MM = [(D, N, dtype) for D, N in ((4301, 37), (1111, 130)) for dtype in (F32, BF16, F16, F64)]
+GROUPED_MM = [
+    (rows, D, N, dtype)
+    for rows, D, N in ((MANY, 4301, 37), (MANY, 1111, 130), (1200, 521, 40))
+    for dtype in (F32, BF16, F16, F64)
+]
 
 
 @dataclass(frozen=True)
@@ -153,7 +161,7 @@ def check_experts_composition(case: experts_checks.Case, target: Target, seed: i
     everything = cancelling_experts(case, random)
     for T in (1, 7, 64, case.T):
         inputs = of_tokens(everything, random.permutation(case.T)[:T])
-        with threads(THREADS):
+        with op_threads(target):
             got = call_experts(case, inputs, target)
             expected = experts_checks.composition(case, inputs, target.backend)
         assert_same_bits(got, expected, f"experts and the composition of the small ops, {T} tokens")
@@ -179,12 +187,14 @@ def check_experts_sensitive(case: experts_checks.Case, target: Target, seed: int
         assert changed > 0.5, f"another order along {letter} changes only {float(changed):.0%} of the outputs"
 
 
-def cancelling_rows(D: int, N: int, G: int, dtype: torch.dtype, random: Random) -> tuple[Tensor, Tensor, Tensor]:
-    """a [MANY, D], b [G, D, N] stored along D, and the group of each row of a."""
-    a = random.normal(MANY, D, dtype=dtype)
+def cancelling_rows(
+    rows: int, D: int, N: int, G: int, dtype: torch.dtype, random: Random
+) -> tuple[Tensor, Tensor, Tensor]:
+    """a [rows, D], b [G, D, N] stored along D, and the group of each row of a."""
+    a = random.normal(rows, D, dtype=dtype)
     b = random.normal(G, N, D, dtype=dtype)
     cancel(a, b, random)
-    return a, b.mT, random.integers(0, G, MANY)
+    return a, b.mT, random.integers(0, G, rows)
 
 
 def grouped_rows(a: Tensor, b: Tensor, group: Tensor, target: Target) -> Tensor:
@@ -196,12 +206,12 @@ def grouped_rows(a: Tensor, b: Tensor, group: Tensor, target: Target) -> Tensor:
 
 
 @serial
-def check_grouped_mm(D: int, N: int, dtype: torch.dtype, target: Target, seed: int) -> None:
+def check_grouped_mm(rows: int, D: int, N: int, dtype: torch.dtype, target: Target, seed: int) -> None:
     """Threads, batches, and any range of columns."""
     random = Random(seed, target.device)
-    a, b, group = cancelling_rows(D, N, 3, dtype, random)
+    a, b, group = cancelling_rows(rows, D, N, 3, dtype, random)
     check_threads(lambda: grouped_rows(a, b, group, target), "grouped_mm")
-    check_batch(lambda rows: grouped_rows(a[rows], b, group[rows], target), MANY, random, "grouped_mm")
+    check_batch(lambda chosen: grouped_rows(a[chosen], b, group[chosen], target), rows, random, "grouped_mm")
     expected = grouped_rows(a, b, group, target)
     first = random.integer(0, N)
     last = random.integer(first, N) + 1

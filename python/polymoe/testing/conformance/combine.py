@@ -55,15 +55,15 @@ CASES = [
 
 def truth(y: Tensor, plan: Plan, weights: Tensor | None) -> tuple[Tensor, Tensor]:
     """Slot by slot in float64: the sums [T, H] and the sums of the magnitudes of their terms, on the CPU."""
-    total, magnitude = torch.zeros(2, plan.slot_row.shape[0], y.shape[1], dtype=torch.float64)
-    for t, rows in enumerate(plan.slot_row.tolist()):
-        for k, row in enumerate(rows):
-            if row >= 0:
-                term = y[row].double().cpu()
-                if weights is not None:
-                    term = term * float(weights[t, k])
-                total[t] += term
-                magnitude[t] += term.abs()
+    slot_row = plan.slot_row.cpu().long()
+    total, magnitude = torch.zeros(2, slot_row.shape[0], y.shape[1], dtype=torch.float64)
+    for k in range(slot_row.shape[1]):
+        token = torch.nonzero(slot_row[:, k] >= 0).flatten()
+        term = y[slot_row[token, k].to(y.device)].double().cpu()
+        if weights is not None:
+            term = term * weights[token.to(y.device), k, None].double().cpu()
+        total[token] += term
+        magnitude[token] += term.abs()
     return total, magnitude
 
 

@@ -18,7 +18,7 @@ from polymoe.testing.conformance import combine as combine_checks
 from polymoe.testing.conformance import dispatch as dispatch_checks
 from polymoe.testing.conformance import grouped_mm as grouped_mm_checks
 from polymoe.testing.conformance import plan as plan_checks
-from polymoe.testing.conformance._run import THREADS, run, serial, threads
+from polymoe.testing.conformance._run import op_threads, run, serial
 from polymoe.testing.conformance.activate import KINDS, UNGATED
 from polymoe.testing.poison import poisoned
 from polymoe.testing.targets import Target
@@ -120,6 +120,10 @@ CASES = [
     Case(T=3, H=2880, I=704, E=2, K=2, dtype=F32, transposed=True),
     Case(T=40, H=40, I=24, E=1024, K=8, dtype=BF16),
     Case(T=150, H=64, I=96, E=8, K=2, dtype=BF16, kind="swiglu_clamped", limit=1.0),
+    # Batches that are computed in parts.
+    Case(T=700, H=35, I=40, E=2, K=1, dtype=F32, bias=F32),
+    Case(T=8500, H=19, I=10, E=5, K=2, dtype=BF16, pattern="skipping", placement="activation", interleaved=True),
+    Case(T=17000, H=9, I=8, E=40, K=1, dtype=F16, pattern="sorted", transposed=True),
 ]
 
 
@@ -261,7 +265,7 @@ def check(case: Case, target: Target, seed: int) -> None:
     assert got.dtype == case.dtype
     expected = truth(case, inputs)
     assert_within(got, expected.out, expected.bound, f"experts {case.kind}")
-    with torch.no_grad(), threads(THREADS):
+    with torch.no_grad(), op_threads(target):
         composed = composition(case, inputs, target.backend)
     assert_same_bits(got, composed, "experts and the composition of the small ops")
     _check_save(case, inputs, target, got, expected)
@@ -269,7 +273,7 @@ def check(case: Case, target: Target, seed: int) -> None:
 
 def _check_save(case: Case, inputs: Inputs, target: Target, out: Tensor, expected: Truth) -> None:
     op, kwargs = torch.ops.polymoe.experts, options(case, inputs) | {"backend": target.backend}
-    with torch.no_grad(), poisoned(), threads(THREADS):
+    with torch.no_grad(), poisoned(), op_threads(target):
         not_saved = op(*inputs[:5], **kwargs)[1:]
         saved_out, pre_activation, *plan = op(*inputs[:5], **kwargs, save=True)
     for tensor, dtype in zip(not_saved, (case.dtype, *[torch.int32] * 3), strict=True):
