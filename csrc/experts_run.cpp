@@ -260,8 +260,11 @@ void gate_up_phase(const Layer& layer, int threads) {
 
 void down_combine_phase(const Layer& layer, int threads) {
   const ExpertsArguments& args = layer.args;
-  constexpr int64_t kUnit = 8, kTarget = 48;  // narrow, because an owner's buffer has a row for every slot
-  const int64_t columns = task_columns(args.hidden, kUnit, kTarget, 1, threads);
+  // Wide, to read long stretches of weights, as far as the owner's buffer, which has a row for every slot, stays small.
+  constexpr int64_t kUnit = 8, kMinTarget = 48, kMaxTarget = 192, kBufferBytes = 1 << 20;
+  const int64_t rows = std::max<int64_t>(layer.plan.offsets[args.experts], 1);
+  const int64_t target = std::clamp(kBufferBytes / (rows * layer.sum_size), kMinTarget, kMaxTarget);
+  const int64_t columns = task_columns(args.hidden, kUnit, target, 1, threads);
   const int64_t parts = ceil_div(args.hidden, columns);
 
   DynamicTasks queue(parts);
