@@ -30,7 +30,11 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import DeepseekV4Config, DeepseekV4ForCausalLM
 from transformers.integrations.moe import ExpertsInterface
-from transformers.models.deepseek_v4.modeling_deepseek_v4 import DeepseekV4Experts, DeepseekV4HashRouter
+from transformers.models.deepseek_v4.modeling_deepseek_v4 import (
+    DeepseekV4Experts,
+    DeepseekV4HashRouter,
+    DeepseekV4TopKRouter,
+)
 
 import polymoe
 import polymoe.integrations.transformers  # registers "polymoe"
@@ -161,9 +165,8 @@ def f32_experts(self: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top
 ExpertsInterface.register("f32", f32_experts)
 
 
-@torch.no_grad()
-def f32_logits(model: DeepseekV4ForCausalLM, ids: Tensor) -> Tensor:
-    """Logits of the same weights with everything in f32. The experts' bf16 weights are shared, not copied."""
+def widened(model: DeepseekV4ForCausalLM) -> DeepseekV4ForCausalLM:
+    """The same weights with everything in f32. The experts' bf16 weights are shared, not copied."""
     with torch.device("meta"):
         wide = DeepseekV4ForCausalLM(copy.deepcopy(model.config)).eval()
     allocate(wide, torch.float32)
@@ -176,7 +179,38 @@ def f32_logits(model: DeepseekV4ForCausalLM, ids: Tensor) -> Tensor:
             elif full in source:
                 getattr(module, key).copy_(source[full])
     wide.set_experts_implementation("f32")
-    return wide(ids, use_cache=False).logits
+    return wide
+
+
+class Routes:
+    """The experts that a model's scored routers chose in a run, to be chosen again in a run of another model."""
+
+    def __init__(self) -> None:
+        self.ids: list[Tensor] = []
+
+    @contextmanager
+    def hooked(self, model: nn.Module, hook: Callable[..., Any]) -> Iterator[None]:
+        routers = [module for module in model.modules() if isinstance(module, DeepseekV4TopKRouter)]
+        handles = [router.register_forward_hook(hook) for router in routers]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def recorded(self, model: nn.Module) -> Any:
+        return self.hooked(model, lambda router, args, output: self.ids.append(output[2]))
+
+    def replayed(self, model: nn.Module) -> Any:
+        ids = iter(self.ids)
+
+        def replay(router: nn.Module, args: Any, output: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, ...]:
+            logits, chosen = output[0], next(ids)
+            weights = router.score_fn(logits).gather(1, chosen)
+            weights = weights / (weights.sum(dim=-1, keepdim=True) + 1e-20)
+            return logits, weights * router.routed_scaling_factor, chosen
+
+        return self.hooked(model, replay)
 
 
 # --- measuring ------------------------------------------------------------------------------------------------------
@@ -284,16 +318,33 @@ def measure(model: DeepseekV4ForCausalLM, workload: Workload, rounds: int, watch
         say(f"{workload.name}, round {round_ + 1}/{rounds}: ms per token in the experts: {latest}")
 
 
-def logit_errors(model: DeepseekV4ForCausalLM, ids: Tensor) -> dict[str, float]:
-    """Relative Frobenius error of each implementation's logits against the f32 run."""
-    truth = f32_logits(model, ids).double()
-    errors = {}
-    for implementation in IMPLEMENTATIONS:
-        with experts_implementation(model, implementation):
-            logits = model(ids, use_cache=False).logits.double()
-        errors[implementation] = float((logits - truth).norm() / truth.norm())
-        say(f"logit error of {implementation}: {errors[implementation]:.5f}")
-    return errors
+@dataclass
+class LogitError:
+    """Against the f32 run, relative Frobenius norms over all passages."""
+
+    free: float  # every run routes by its own scores: a near tie that flips counts as an error
+    same_experts: float  # scored layers choose the experts of the f32 run: arithmetic alone
+
+
+def logit_errors(model: DeepseekV4ForCausalLM, passages: list[Tensor]) -> dict[str, LogitError]:
+    wide = widened(model)
+    size = 0.0
+    squares = {name: [0.0, 0.0] for name in IMPLEMENTATIONS}
+    for number, ids in enumerate(passages, 1):
+        routes = Routes()
+        with routes.recorded(wide):
+            truth = wide(ids, use_cache=False).logits.double()
+        size += float(truth.square().sum())
+        for name in IMPLEMENTATIONS:
+            with experts_implementation(model, name):
+                free = model(ids, use_cache=False).logits.double()
+                with routes.replayed(model):
+                    pinned = model(ids, use_cache=False).logits.double()
+            for kind, logits in enumerate((free, pinned)):
+                squares[name][kind] += float((logits - truth).square().sum())
+        so_far = ", ".join(f"{name} {(squares[name][0] / size) ** 0.5:.5f}" for name in IMPLEMENTATIONS)
+        say(f"logit error after passage {number}/{len(passages)}: {so_far}")
+    return {name: LogitError(*((square / size) ** 0.5 for square in squares[name])) for name in IMPLEMENTATIONS}
 
 
 def polymoe_calls(model: DeepseekV4ForCausalLM, ids: Tensor) -> int:
@@ -305,9 +356,9 @@ def polymoe_calls(model: DeepseekV4ForCausalLM, ids: Tensor) -> int:
 # --- the report -----------------------------------------------------------------------------------------------------
 
 
-def table(workloads: list[Workload], errors: dict[str, float]) -> str:
+def table(workloads: list[Workload], errors: dict[str, LogitError]) -> str:
     head = ("workload", "experts by", "ms/token", "in experts", "experts x eager", "experts x best", "model x eager")
-    rows = [(*head, "model x best", "logit error")]
+    rows = [(*head, "model x best", "logit error", "same experts")]
     for workload in workloads:
         best_experts = min(workload.experts(name) for name in IMPLEMENTATIONS if name != "polymoe")
         best_model = min(workload.model(name) for name in IMPLEMENTATIONS if name != "polymoe")
@@ -320,7 +371,8 @@ def table(workloads: list[Workload], errors: dict[str, float]) -> str:
                 best_model / whole,
             )
             cells = (workload.name, name, f"{whole:.2f}", f"{experts:.2f}")
-            rows.append((*cells, *(f"{ratio:.2f}" for ratio in ratios), f"{errors[name]:.5f}"))
+            both = (f"{errors[name].free:.5f}", f"{errors[name].same_experts:.5f}")
+            rows.append((*cells, *(f"{ratio:.2f}" for ratio in ratios), *both))
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     lines = [
         "| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |" for row in rows
@@ -370,9 +422,10 @@ def main() -> int:
         say("FAILED: polymoe did not compute the experts")
         return 1
 
-    short, long, rounds, steps = (32, 64, 1, 4) if arguments.quick else (128, 512, 5, 16)
-    say(f"f32 run of {long} tokens, then the same tokens by {', '.join(IMPLEMENTATIONS)} (this also warms up)")
-    errors = logit_errors(model, text[:long].unsqueeze(0))
+    short, long, rounds, steps, passages = (32, 64, 1, 4, 1) if arguments.quick else (128, 512, 5, 16, 4)
+    say(f"logits of {passages} x {long} tokens in f32, then by {', '.join(IMPLEMENTATIONS)} (this also warms up)")
+    starts = [number * len(text) // passages for number in range(passages)]
+    errors = logit_errors(model, [text[start : start + long].unsqueeze(0) for start in starts])
     workloads = [decode(model, text, 64, steps), prefill(model, text, short), prefill(model, text, long)]
     for workload in workloads:
         measure(model, workload, rounds, watch)
@@ -381,7 +434,10 @@ def main() -> int:
     print(table(workloads, errors))
     print()
     print("Medians of interleaved runs. x eager, x best: the time of Transformers' eager path, or of the better of its")
-    print("two, over this row's. Logit error: relative Frobenius norm against an f32 run of the same weights.")
+    print(
+        "two, over this row's. Logit error: relative Frobenius norm against an f32 run of the same weights; a near tie"
+    )
+    print("of router scores that bf16 decides otherwise counts. Same experts: the same with the f32 run's choices.")
     print(f"polymoe {polymoe.__version__}, {how_it_ran(model)}, {torch.get_num_threads()} threads")
     say(f"peak memory {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20:.1f} GiB")
     return 0
