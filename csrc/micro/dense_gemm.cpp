@@ -16,7 +16,7 @@ constexpr int kMaxRows = 4;
 constexpr int kColumns[kMaxRows] = {8, 8, 8, 6};
 #elif defined(POLYMOE_LEVEL_AVX2)
 constexpr int kMaxRows = 4;
-constexpr int kColumns[kMaxRows] = {6, 5, 4, 3};
+constexpr int kColumns[kMaxRows] = {8, 5, 4, 3};
 #else
 constexpr int kMaxRows = 2;
 constexpr int kColumns[kMaxRows] = {2, 2};
