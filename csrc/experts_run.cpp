@@ -1,7 +1,9 @@
 #include "experts_run.h"
 
 #include <algorithm>
+#include <cstdlib>
 #include <memory>
+#include <new>
 
 #include "isa.h"
 #include "threads.h"

@@ -1,8 +1,8 @@
 // grouped_mm on the CPU: every case is a list of ordinary matmuls over strided operands.
 #include <ATen/ops/empty.h>
 
+#include <algorithm>
 #include <optional>
-#include <tuple>
 #include <vector>
 
 #include "check.h"
