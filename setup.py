@@ -120,6 +120,13 @@ class CompileJob:
         self.object.with_suffix(".cmd").write_text(self.identity)
 
 
+def remove_leftovers(objects_dir: Path, jobs: list[CompileJob]) -> None:
+    """Removes what earlier builds made of sources that are gone; who looks through the objects takes them for ours."""
+    for orphan in set(objects_dir.glob("*/*.o")) - {job.object for job in jobs}:
+        for suffix in (".o", ".d", ".cmd", ".partial"):
+            orphan.with_suffix(suffix).unlink(missing_ok=True)
+
+
 class BuildExtension(build_ext):
     """build_ext with one compile per (source, ISA level)."""
 
@@ -146,6 +153,7 @@ class BuildExtension(build_ext):
         torch, torch_version = torch_dir(), importlib.metadata.version("torch")
         toolchain = f"{check_compiler(cxx)} torch {torch_version}"
         jobs = self.compile_jobs(cxx, torch, objects_dir, toolchain)
+        remove_leftovers(objects_dir, jobs)
         outdated = [job for job in jobs if self.force or not job.is_current()]
         self.compile_all(outdated)
 

@@ -84,6 +84,11 @@ inline void check_dtype(const char* op, const char* argument, const at::Tensor& 
   POLYMOE_CHECK(found, op, argument, describe(accepted), describe(tensor));
 }
 
+inline void check_contiguous(const char* op, const char* argument, const at::Tensor& tensor) {
+  POLYMOE_CHECK(tensor.is_contiguous(), op, argument, "a contiguous tensor", describe(tensor), " with strides ",
+                tensor.strides());
+}
+
 // A CPU kernel also runs when only some of its tensors are on the CPU.
 inline void check_cpu(const char* op, const char* argument, const at::Tensor& tensor) {
   POLYMOE_CHECK(tensor.device().is_cpu(), op, argument, "a CPU tensor", describe(tensor));

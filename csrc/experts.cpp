@@ -10,6 +10,7 @@
 #include "experts_run.h"
 #include "plan.h"
 #include "route.h"
+#include "weight_format.h"
 
 namespace polymoe {
 namespace {
@@ -91,12 +92,17 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> experts_c
     const at::Tensor& x, const at::Tensor& gate_up, const at::Tensor& down, const at::Tensor& weights,
     const at::Tensor& ids, c10::string_view activation, std::optional<double> alpha, std::optional<double> limit,
     const std::optional<at::Tensor>& gate_up_bias, const std::optional<at::Tensor>& down_bias, bool transposed,
-    bool interleaved, c10::string_view weight_placement, bool save, c10::string_view) {
+    bool interleaved, c10::string_view weight_placement, bool save, c10::string_view weight_format, c10::string_view) {
   const ActivationSpec spec = parse_activation(kOp, "activation", activation, alpha, limit);
   POLYMOE_CHECK(!interleaved || is_gated(spec.kind), kOp, "interleaved", c10::str("False with '", activation, "'"),
                 "True");
   const WeightPlacement placement = parse_placement(weight_placement);
+  const WeightFormat format = parse_weight_format(kOp, weight_format).format;
   const Shapes s = check_shapes(x, gate_up, down, weights, ids, is_gated(spec.kind), transposed);
+  if (format == WeightFormat::packed) {
+    check_contiguous(kOp, "gate_up", gate_up);
+    check_contiguous(kOp, "down", down);
+  }
   const at::Tensor up_bias =
       check_bias("gate_up_bias", gate_up_bias, x, {"E", s.E}, {is_gated(spec.kind) ? "2I" : "I", s.width});
   const at::Tensor out_bias = check_bias("down_bias", down_bias, x, {"E", s.E}, {"H", s.H});
@@ -117,6 +123,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> experts_c
   args.activation = spec;
   args.placement = placement;
   args.interleaved = interleaved;
+  args.format = format;
   args.x_stride = rows.stride(0) * size;
   args.gate_up = rows_of_expert_0(gate_up, transposed);
   args.down = rows_of_expert_0(down, transposed);

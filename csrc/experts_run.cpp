@@ -38,12 +38,11 @@ struct Layer {
   const ExpertsArguments& args;
   const ChunkPlan& plan;
   const LevelTable& table;
-  const DenseGemm& gemm;
-  int64_t size;                    // bytes of an element of x
-  int64_t sum_size;                // bytes of an accumulator
-  std::vector<Block> down_blocks;  // each is a panel of phase 2, in this order
-  std::vector<int64_t> down_block_of_row;
-  char* activations;  // the panels of phase 2
+  const GemmKernel& gemm;
+  int64_t size;               // bytes of an element of x
+  int64_t sum_size;           // bytes of an accumulator
+  std::vector<Block> blocks;  // each is a panel in both phases
+  char* activations;          // the panels of phase 2, in the order of the blocks
 
   int64_t activation_row_bytes() const { return Panel::row_bytes(gemm, args.intermediate); }
   char* activation_panel(const Block& block) const { return activations + block.begin * activation_row_bytes(); }
@@ -66,15 +65,17 @@ class GateUp {
  public:
   explicit GateUp(const Layer& layer) : layer_(layer), args_(layer.args) {}
 
-  void run(const Block& block, const Columns& columns) {
+  void run(const Block& block, const Columns& columns, const char* next) {
     gather(block);
     const int64_t width = columns.count * args_.halves();
     char* const acc = scratch(Scratch::accumulators, block.rows * width * layer_.sum_size);
-    layer_.gemm.multiply(panel_, block.rows, weight_rows(block.expert, columns), width, args_.hidden, acc, width);
+    layer_.gemm.multiply(panel_, block.rows, weights(block.expert, columns, next), width, args_.hidden, acc, width);
     if (args_.gate_up_bias) add_biases(block, columns, acc, width);
     if (args_.pre_activation) save(block, columns, acc, width);
     activate(block, columns, acc, width);
   }
+
+  const char* first_weight(int64_t expert, const Columns& columns) const { return gate_rows(expert, columns).data; }
 
  private:
   // Packs the block's rows of x, unless the last task was about the same ones.
@@ -83,36 +84,48 @@ class GateUp {
     gathered_ = &block;
     const Panel panel(layer_.gemm, block.rows, args_.hidden);
     panel_ = scratch(Scratch::panel, panel.bytes());
-    for (int64_t r = 0; r < block.rows; ++r) {
-      const int64_t row = block.begin + r;
-      const char* source = args_.x + layer_.plan.row_slot[row] / args_.slots * args_.x_stride;
-      if (args_.placement == WeightPlacement::input) {
-        char* const scaled = scratch(Scratch::row, args_.hidden * layer_.size);
-        layer_.table.rows->scale_row[int(args_.dtype)](source, layer_.weight_of_row(row), scaled, args_.hidden);
-        source = scaled;
-      }
-      panel.pack(panel_, r, source, 0, args_.hidden);
+    const int32_t* const slots = layer_.plan.row_slot + block.begin;
+    const auto token = [&](int64_t r) { return args_.x + slots[r] / args_.slots * args_.x_stride; };
+    if (args_.placement != WeightPlacement::input) {
+      panel.pack(panel_, 0, args_.hidden, token);
+      return;
     }
+    const int64_t row_bytes = args_.hidden * layer_.size;
+    char* const scaled = scratch(Scratch::row, block.rows * row_bytes);
+    for (int64_t r = 0; r < block.rows; ++r)
+      layer_.table.rows->scale_row[int(args_.dtype)](token(r), layer_.weight_of_row(block.begin + r),
+                                                     scaled + r * row_bytes, args_.hidden);
+    panel.pack(panel_, 0, args_.hidden, [&](int64_t r) { return scaled + r * row_bytes; });
+  }
+
+  // The gate rows of these columns.
+  Operand gate_rows(int64_t expert, const Columns& columns) const {
+    Operand rows = args_.gate_up;
+    rows.data += expert * args_.gate_up_expert_stride;
+    if (args_.format == WeightFormat::packed)
+      rows.row_stride = args_.hidden * layer_.size;
+    else if (args_.interleaved)
+      rows.row_stride *= 2;
+    return rows.at(columns.begin);
   }
 
   // The gate columns, then the up columns, whatever the layout of the weights.
-  WeightRows weight_rows(int64_t expert, const Columns& columns) const {
-    Operand rows = args_.gate_up;
-    rows.data += expert * args_.gate_up_expert_stride;
-    const int64_t apart = args_.interleaved ? 1 : args_.intermediate;  // from a gate row to its up row
-    if (args_.interleaved) rows.row_stride *= 2;
-    const Operand gate = rows.at(columns.begin);
-    Operand up = gate;
-    up.data += apart * args_.gate_up.row_stride;
-    if (rows.d_stride == layer_.size || args_.hidden <= 1)
-      return {gate.data, up.data, columns.count, rows.row_stride, nullptr};
+  Weights weights(int64_t expert, const Columns& columns, const char* next) const {
+    const Operand gate = gate_rows(expert, columns);
+    const bool packed = args_.format == WeightFormat::packed;
+    // From a gate row to its up row.
+    const int64_t apart =
+        args_.interleaved && !packed ? args_.gate_up.row_stride : args_.intermediate * gate.row_stride;
+    const Operand up{gate.data + apart, gate.row_stride, gate.d_stride};
+    if (packed || gate.d_stride == layer_.size || args_.hidden <= 1)
+      return {gate.data, up.data, columns.count, gate.row_stride, args_.intermediate - columns.begin, next};
 
     const int64_t row_bytes = args_.hidden * layer_.size;
     char* const copy = scratch(Scratch::weights, columns.count * args_.halves() * row_bytes);
     copy_rows(gate, columns.count, args_.hidden, layer_.size, copy);
     char* const up_copy = copy + columns.count * row_bytes;
     if (args_.gated()) copy_rows(up, columns.count, args_.hidden, layer_.size, up_copy);
-    return {copy, up_copy, columns.count, row_bytes, nullptr};
+    return {copy, up_copy, columns.count, row_bytes, 0, nullptr};
   }
 
   void add_biases(const Block& block, const Columns& columns, char* acc, int64_t width) const {
@@ -152,18 +165,18 @@ class GateUp {
 
   void activate(const Block& block, const Columns& columns, const char* acc, int64_t width) const {
     const auto activate_row = layer_.table.activation->activate_row[int(args_.dtype)];
-    char* const activated = scratch(Scratch::row, columns.count * layer_.size);
+    const int64_t row_bytes = columns.count * layer_.size;
+    char* const activated = scratch(Scratch::row, block.rows * row_bytes);
     for (int64_t r = 0; r < block.rows; ++r) {
-      const int64_t row = block.begin + r;
       const char* const gate = acc + r * width * layer_.sum_size;
       const char* const up = args_.gated() ? gate + columns.count * layer_.sum_size : nullptr;
       const bool weighted = args_.placement == WeightPlacement::activation;
-      activate_row(args_.activation, gate, up, weighted ? layer_.weight_of_row(row) : nullptr, activated,
-                   columns.count);
-      const Block& target = layer_.down_blocks[size_t(layer_.down_block_of_row[size_t(row)])];
-      Panel(layer_.gemm, target.rows, args_.intermediate)
-          .pack(layer_.activation_panel(target), row - target.begin, activated, columns.begin, columns.count);
+      activate_row(args_.activation, gate, up, weighted ? layer_.weight_of_row(block.begin + r) : nullptr,
+                   activated + r * row_bytes, columns.count);
     }
+    Panel(layer_.gemm, block.rows, args_.intermediate)
+        .pack(layer_.activation_panel(block), columns.begin, columns.count,
+              [&](int64_t r) { return activated + r * row_bytes; });
   }
 
   const Layer& layer_;
@@ -172,127 +185,142 @@ class GateUp {
   char* panel_ = nullptr;
 };
 
-// The owner of a block of output columns.
-class DownCombine {
- public:
-  explicit DownCombine(const Layer& layer) : layer_(layer), args_(layer.args) {}
+// The sums of all rows in one stretch of columns of H.
+struct Sums {
+  char* data;
+  Columns columns;
+  int64_t stride;  // elements from a row to the next
 
-  void run(const Columns& columns) const {
-    const int64_t total = layer_.plan.offsets[args_.experts];
-    char* const sums = scratch(Scratch::accumulators, total * columns.count * layer_.sum_size);
-    const std::vector<Block>& blocks = layer_.down_blocks;
-    int64_t repacked_expert = -1;
-    for (size_t i = 0; i < blocks.size(); ++i) {
-      const Block& block = blocks[i];
-      WeightRows weights{rows_of(block.expert, columns).data, nullptr, columns.count, args_.down.row_stride, nullptr};
-      if (args_.down.d_stride != layer_.size && args_.intermediate > 1)
-        repack(block.expert, columns, repacked_expert, weights);
-      else if (i + 1 < blocks.size())
-        weights.next = rows_of(blocks[i + 1].expert, columns).data;
-      char* const acc = sums + block.begin * columns.count * layer_.sum_size;
-      layer_.gemm.multiply(layer_.activation_panel(block), block.rows, weights, columns.count, args_.intermediate, acc,
-                           columns.count);
-      if (args_.down_bias)
-        add_bias(layer_,
-                 args_.down_bias + (block.expert * args_.hidden + columns.begin) * size_of(args_.down_bias_dtype),
-                 args_.down_bias_dtype, acc, block.rows, columns.count, columns.count);
-    }
-    combine(columns, sums);
+  char* at(int64_t row, int64_t column, int64_t size) const {
+    return data + (row * stride + column - columns.begin) * size;
   }
+};
+
+class Down {
+ public:
+  Down(const Layer& layer, const Sums& sums) : layer_(layer), args_(layer.args), sums_(sums) {}
+
+  void run(const Block& block, const Columns& columns, const char* next) const {
+    char* const acc = sums_.at(block.begin, columns.begin, layer_.sum_size);
+    layer_.gemm.multiply(layer_.activation_panel(block), block.rows, weights(block.expert, columns, next),
+                         columns.count, args_.intermediate, acc, sums_.stride);
+    if (args_.down_bias)
+      add_bias(layer_, args_.down_bias + (block.expert * args_.hidden + columns.begin) * size_of(args_.down_bias_dtype),
+               args_.down_bias_dtype, acc, block.rows, columns.count, sums_.stride);
+  }
+
+  const char* first_weight(int64_t expert, const Columns& columns) const { return rows_of(expert, columns).data; }
 
  private:
   Operand rows_of(int64_t expert, const Columns& columns) const {
     Operand rows = args_.down;
     rows.data += expert * args_.down_expert_stride;
+    if (args_.format == WeightFormat::packed) rows.row_stride = args_.intermediate * layer_.size;
     return rows.at(columns.begin);
   }
 
-  void repack(int64_t expert, const Columns& columns, int64_t& repacked_expert, WeightRows& weights) const {
+  Weights weights(int64_t expert, const Columns& columns, const char* next) const {
+    const Operand rows = rows_of(expert, columns);
+    if (args_.format == WeightFormat::packed || rows.d_stride == layer_.size || args_.intermediate <= 1)
+      return {rows.data, nullptr, columns.count, rows.row_stride, args_.hidden - columns.begin, next};
     const int64_t row_bytes = args_.intermediate * layer_.size;
     char* const copy = scratch(Scratch::weights, columns.count * row_bytes);
-    if (repacked_expert != expert)
-      copy_rows(rows_of(expert, columns), columns.count, args_.intermediate, layer_.size, copy);
-    repacked_expert = expert;
-    weights.first = copy;
-    weights.stride = row_bytes;
-  }
-
-  void combine(const Columns& columns, const char* sums) const {
-    const Dtype wide = args_.dtype == Dtype::f64 ? Dtype::f64 : Dtype::f32;
-    const auto combine_row = layer_.table.rows->combine_row[int(wide)][int(args_.dtype)];
-    const bool weighted = args_.placement == WeightPlacement::output;
-    std::vector<const void*> rows(size_t(args_.slots));
-    std::unique_ptr<char[]> weights(new char[size_t(args_.slots * layer_.sum_size)]);
-    for (int64_t t = 0; t < args_.tokens; ++t) {
-      int count = 0;
-      for (int64_t slot = t * args_.slots; slot < (t + 1) * args_.slots; ++slot) {
-        const int64_t row = layer_.plan.slot_row[slot];
-        if (row < 0) continue;
-        rows[size_t(count)] = sums + row * columns.count * layer_.sum_size;
-        std::copy_n(args_.weights + slot * layer_.sum_size, layer_.sum_size, weights.get() + count * layer_.sum_size);
-        ++count;
-      }
-      combine_row(rows.data(), weighted ? weights.get() : nullptr, count,
-                  args_.out + (t * args_.hidden + columns.begin) * layer_.size, columns.count);
-    }
+    copy_rows(rows, columns.count, args_.intermediate, layer_.size, copy);
+    return {copy, nullptr, columns.count, row_bytes, 0, nullptr};
   }
 
   const Layer& layer_;
   const ExpertsArguments& args_;
+  const Sums& sums_;
 };
 
-void gate_up_phase(const Layer& layer, int threads) {
+// Sums the slots of tokens [tokens.begin, tokens.end) in one stretch of columns.
+void combine(const Layer& layer, const Sums& sums, Range tokens) {
   const ExpertsArguments& args = layer.args;
-  const int64_t limit = block_rows(Panel::row_bytes(layer.gemm, args.hidden), cache_sizes().l2);
-  const std::vector<Block> blocks = cut_rows(layer.plan.offsets, args.experts, limit);
-  // Whole steps, because a task packs its columns of the activation on its own.
-  constexpr int64_t kTarget = 192;
-  const int64_t columns = task_columns(args.intermediate, layer.gemm.step, kTarget, int64_t(blocks.size()), threads);
-  const int64_t parts = ceil_div(args.intermediate, columns);
-
-  DynamicTasks queue(int64_t(blocks.size()) * parts);
-  parallel_region(int(std::min<int64_t>(threads, int64_t(blocks.size()) * parts)), [&](int) {
-    GateUp worker(layer);
-    for (Range task = queue.next(); !task.empty(); task = queue.next()) {
-      const int64_t begin = task.begin % parts * columns;
-      worker.run(blocks[size_t(task.begin / parts)], {begin, std::min(columns, args.intermediate - begin)});
+  const Dtype wide = args.dtype == Dtype::f64 ? Dtype::f64 : Dtype::f32;
+  const auto combine_row = layer.table.rows->combine_row[int(wide)][int(args.dtype)];
+  const bool weighted = args.placement == WeightPlacement::output;
+  std::vector<const void*> rows(size_t(args.slots));
+  std::vector<char> weights(size_t(args.slots * layer.sum_size));
+  for (int64_t t = tokens.begin; t < tokens.end; ++t) {
+    int count = 0;
+    for (int64_t slot = t * args.slots; slot < (t + 1) * args.slots; ++slot) {
+      const int64_t row = layer.plan.slot_row[slot];
+      if (row < 0) continue;
+      rows[size_t(count)] = sums.at(row, sums.columns.begin, layer.sum_size);
+      std::copy_n(args.weights + slot * layer.sum_size, layer.sum_size, weights.data() + count * layer.sum_size);
+      ++count;
     }
+    combine_row(rows.data(), weighted ? weights.data() : nullptr, count,
+                args.out + (t * args.hidden + sums.columns.begin) * layer.size, sums.columns.count);
+  }
+}
+
+// Every block of rows times every part of `columns`: f(worker, block, part, the part after it on the same thread).
+template <class MakeWorker>
+void for_blocks(const Layer& layer, const Columns& all, int64_t unit, int threads, MakeWorker make_worker) {
+  constexpr int64_t kTarget = 128;
+  const std::vector<Block>& blocks = layer.blocks;
+  const int64_t width = task_columns(all.count, unit, kTarget, int64_t(blocks.size()), threads);
+  const int64_t parts = ceil_div(all.count, width), tasks = int64_t(blocks.size()) * parts;
+  const auto part = [&](int64_t task) {
+    const int64_t begin = task % parts * width;
+    return Columns{all.begin + begin, std::min(width, all.count - begin)};
+  };
+  GuidedTasks queue(tasks, threads);
+  parallel_region(int(std::min<int64_t>(threads, tasks)), [&](int) {
+    auto worker = make_worker();
+    for (Range range = queue.next(); !range.empty(); range = queue.next())
+      for (int64_t task = range.begin; task < range.end; ++task) {
+        const char* next = nullptr;
+        if (task + 1 < range.end) next = worker.first_weight(blocks[size_t((task + 1) / parts)].expert, part(task + 1));
+        worker.run(blocks[size_t(task / parts)], part(task), next);
+      }
   });
+}
+
+void gate_up_phase(const Layer& layer, int threads) {
+  // Whole steps, because a task packs its columns of the activation on its own, and whole panels of packed weights.
+  const int64_t unit = std::max(layer.gemm.step, layer.gemm.columns);
+  for_blocks(layer, {0, layer.args.intermediate}, unit, threads, [&] { return GateUp(layer); });
 }
 
 void down_combine_phase(const Layer& layer, int threads) {
   const ExpertsArguments& args = layer.args;
-  // Wide, to read long stretches of weights, as far as the owner's buffer, which has a row for every slot, stays small.
-  constexpr int64_t kUnit = 8, kMinTarget = 48, kMaxTarget = 192, kBufferBytes = 1 << 20;
-  const int64_t rows = std::max<int64_t>(layer.plan.offsets[args.experts], 1);
-  const int64_t target = std::clamp(kBufferBytes / (rows * layer.sum_size), kMinTarget, kMaxTarget);
-  const int64_t columns = task_columns(args.hidden, kUnit, target, 1, threads);
-  const int64_t parts = ceil_div(args.hidden, columns);
-
-  DynamicTasks queue(parts);
-  parallel_region(int(std::min<int64_t>(threads, parts)), [&](int) {
-    const DownCombine worker(layer);
-    for (Range task = queue.next(); !task.empty(); task = queue.next()) {
-      const int64_t begin = task.begin * columns;
-      worker.run({begin, std::min(columns, args.hidden - begin)});
-    }
-  });
+  constexpr int64_t kUnit = 32, kTokens = 16;
+  static_assert(kUnit % kPanel == 0);
+  const int64_t rows = layer.plan.offsets[args.experts];
+  const int64_t width = sum_columns(args.hidden, kUnit, rows * layer.sum_size, cache_sizes().l3);
+  // Rows a power of two apart would fall into few sets of the caches.
+  const int64_t stride = width + 64 / layer.sum_size;
+  char* const data = scratch(Scratch::sums, rows * stride * layer.sum_size);
+  for (int64_t begin = 0; begin < args.hidden; begin += width) {
+    const Sums sums{data, {begin, std::min(width, args.hidden - begin)}, stride};
+    for_blocks(layer, sums.columns, kUnit, threads, [&] { return Down(layer, sums); });
+    DynamicTasks tokens(args.tokens);
+    const int64_t tasks = std::min<int64_t>(threads, ceil_div(args.tokens, kTokens));
+    parallel_region(int(tasks), [&](int) {
+      for (Range range = tokens.next(kTokens); !range.empty(); range = tokens.next(kTokens))
+        combine(layer, sums, range);
+    });
+  }
 }
 
 }  // namespace
 
 void run_experts(const ExpertsArguments& args, const ChunkPlan& plan) {
   const LevelTable& table = level_table(args.dtype);
-  const DenseGemm& gemm = *table.dense_gemm->by_dtype[int(args.dtype)];
+  const GemmKernel& gemm = gemm_kernel(table, args.format, args.dtype);
   const int64_t total = plan.offsets[args.experts];
   const int threads = num_threads();
+  const int64_t row_bytes = Panel::row_bytes(gemm, args.intermediate);
+  // Packed weights pass over a slice of the reduction at a time, so the rows may be long.
+  const int64_t resident = args.format == WeightFormat::packed
+                               ? Panel::row_bytes(gemm, kSlice)
+                               : std::max(row_bytes, Panel::row_bytes(gemm, args.hidden));
 
-  Layer layer{args, plan, table, gemm, size_of(args.dtype), accumulator_size(args.dtype), {}, {}, nullptr};
-  const int64_t row_bytes = layer.activation_row_bytes();
-  layer.down_blocks = cut_rows(plan.offsets, args.experts, block_rows(row_bytes, cache_sizes().l2));
-  layer.down_block_of_row.resize(size_t(total));
-  for (size_t i = 0; i < layer.down_blocks.size(); ++i)
-    std::fill_n(layer.down_block_of_row.begin() + layer.down_blocks[i].begin, layer.down_blocks[i].rows, int64_t(i));
+  Layer layer{args, plan, table, gemm, size_of(args.dtype), accumulator_size(args.dtype), {}, nullptr};
+  layer.blocks = cut_rows(plan.offsets, args.experts, block_rows(resident, cache_sizes().l2));
   std::unique_ptr<char, decltype(&std::free)> activations(
       static_cast<char*>(std::aligned_alloc(64, size_t(ceil_div(total * row_bytes, 64) * 64 + 64))), std::free);
   if (!activations) throw std::bad_alloc();

@@ -2,9 +2,9 @@
 //
 // Phase 1, a task per (expert, block of rows, block of columns of I): gather rows of x into a packed panel, multiply
 // by the gate and up rows of the weights, activate, and write the result straight into the packed panels of phase 2.
-// Phase 2, a task per block of columns of H: its one owner computes these columns for the rows of all experts into a
-// buffer of its own, then sums each token's slots in slot order. So no [S, H] tensor exists, nothing is shared, and
-// the order of every sum is fixed.
+// Phase 2, for one stretch of columns of H after the other, as wide as the L3 cache holds the sums of all rows: a task
+// per (expert, block of rows, block of columns) multiplies by the down rows, then each token's slots are summed in
+// slot order. So no [S, H] tensor exists, and the order of every sum is fixed.
 #pragma once
 
 #include <cstdint>
@@ -22,7 +22,8 @@ struct ExpertsArguments {
   int64_t tokens, hidden, intermediate, experts, slots;  // T, H, I, E, K
   ActivationSpec activation;
   WeightPlacement placement;
-  bool interleaved;
+  bool interleaved;     // gate and up rows, their biases and pre_activation alternate
+  WeightFormat format;  // packed: gate_up[e] is the gate half, then the up half, whatever `interleaved` says
 
   const char* x;  // rows contiguous along H
   int64_t x_stride;

@@ -33,39 +33,47 @@ struct Operand {
 };
 
 // Memory of the calling thread, 64-byte aligned, kept for the thread's next use of the same slot; contents undefined.
-enum class Scratch : int { panel, weights, accumulators, row, bias };
+enum class Scratch : int { panel, weights, accumulators, row, bias, sums };
 char* scratch(Scratch slot, int64_t bytes);
 
 // Copies elements [0, d) of rows [0, rows) to out[row][element], whatever the strides.
 void copy_rows(const Operand& from, int64_t rows, int64_t d, int64_t element_size, char* out);
 
-// Rows of A packed for DenseGemm::multiply.
+// The kernel for weights of this format and dtype at the level of `table`.
+inline const GemmKernel& gemm_kernel(const LevelTable& table, WeightFormat format, Dtype dtype) {
+  return *table.gemm[int(format)]->by_dtype[int(dtype)];
+}
+
+// Rows of A packed for GemmKernel::multiply.
 class Panel {
  public:
-  Panel(const DenseGemm& gemm, int64_t rows, int64_t d)
-      : gemm_(&gemm),
-        groups_(rows, gemm.max_rows),
-        step_bytes_(int64_t(gemm.step) * gemm.packed_size),
-        row_bytes_(row_bytes(gemm, d)),
-        rows_(rows) {}
+  Panel(const GemmKernel& kernel, int64_t rows, int64_t d)
+      : kernel_(kernel), groups_(rows, kernel.max_rows), row_bytes_(row_bytes(kernel, d)), rows_(rows) {}
 
-  static int64_t row_bytes(const DenseGemm& gemm, int64_t d) {
-    return (d + gemm.step - 1) / gemm.step * gemm.step * gemm.packed_size;
+  static int64_t row_bytes(const GemmKernel& kernel, int64_t d) {
+    return ceil_div(d, kernel.step) * kernel.step * kernel.packed_size;
   }
   int64_t bytes() const { return rows_ * row_bytes_; }
 
-  // Packs elements [begin, begin + d) of a row from `source`, which holds just these; begin is a multiple of the step.
-  void pack(char* panel, int64_t row, const char* source, int64_t begin, int64_t d) const {
+  // Packs elements [begin, begin + d) of all rows; row(r) points to these elements of row r. `begin` is a multiple of
+  // the kernel's step.
+  template <class Row>
+  void pack(char* panel, int64_t begin, int64_t d, Row&& row) const {
+    constexpr int kMaxRows = 16;
+    const char* rows[kMaxRows];
     if (d == 0) return;
-    const int64_t group = groups_.group_of(row), first = groups_.first_row(group), rows = groups_.rows(group);
-    char* const place = panel + first * row_bytes_ + (begin / gemm_->step * rows + (row - first)) * step_bytes_;
-    gemm_->pack_row(source, d, place, rows * step_bytes_);
+    for (int64_t group = 0; group < groups_.count; ++group) {
+      const int64_t first = groups_.first_row(group);
+      const int count = groups_.rows(group);
+      for (int r = 0; r < count; ++r) rows[r] = row(first + r);
+      kernel_.pack_rows(rows, count, d, panel + first * row_bytes_ + begin * count * kernel_.packed_size);
+    }
   }
 
  private:
-  const DenseGemm* gemm_;
+  const GemmKernel& kernel_;
   RowGroups groups_;
-  int64_t step_bytes_, row_bytes_, rows_;
+  int64_t row_bytes_, rows_;
 };
 
 // One of `count` even parts of [0, total).

@@ -1,5 +1,10 @@
 // grouped_mm on the CPU: every case is a list of ordinary matmuls over strided operands.
+#include "grouped_mm.h"
+
 #include <ATen/ops/empty.h>
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
 
 #include <algorithm>
 #include <optional>
@@ -27,6 +32,7 @@ struct Problem {
 
 struct Types {
   Dtype in, out, bias;
+  WeightFormat format = WeightFormat::plain;
 };
 
 // A part of the rows of a problem.
@@ -35,21 +41,33 @@ struct Block {
   int64_t begin, rows;
 };
 
+const char* widened_bias(const Problem& p, int64_t column, int64_t columns, const Types& types,
+                         const LevelTable& table) {
+  if (!p.bias) return nullptr;
+  char* const wide = scratch(Scratch::bias, columns * accumulator_size(types.in));
+  table.rows->widen_row[int(types.bias)](p.bias + column * size_of(types.bias), wide, columns);
+  return wide;
+}
+
 // Computes one problem's block of rows after the other, keeping what two consecutive tasks share.
 class Worker {
  public:
   Worker(const LevelTable& table, const Types& types)
-      : table_(table), gemm_(*table.dense_gemm->by_dtype[int(types.in)]), types_(types) {}
+      : table_(table), gemm_(gemm_kernel(table, types.format, types.in)), types_(types) {}
+
+  static constexpr int64_t kTargetColumns = 192;
+  static int64_t rows_of_block(const LevelTable& table, const Types& types, int64_t d) {
+    return block_rows(Panel::row_bytes(gemm_kernel(table, types.format, types.in), d), cache_sizes().l2);
+  }
 
   void run(const Block& block, int64_t column, int64_t columns) {
     const Problem& p = *block.problem;
     pack(block);
-    const WeightRows weights = weight_rows(p, column, columns);
     const int64_t size = accumulator_size(types_.in);
     char* const sums = scratch(Scratch::accumulators, block.rows * columns * size);
-    gemm_.multiply(panel_, block.rows, weights, columns, p.d, sums, columns);
+    gemm_.multiply(panel_, block.rows, weights(p, column, columns), columns, p.d, sums, columns);
 
-    const char* const bias = widened_bias(p, column, columns);
+    const char* const bias = widened_bias(p, column, columns, types_, table_);
     const int64_t out_size = size_of(types_.out);
     for (int64_t r = 0; r < block.rows; ++r)
       table_.rows->store_row[int(types_.out)](sums + r * columns * size, bias,
@@ -64,46 +82,93 @@ class Worker {
     const int64_t size = size_of(types_.in);
     const Panel panel(gemm_, block.rows, p.d);
     panel_ = scratch(Scratch::panel, panel.bytes());
-    if (p.a.d_stride == size) {
-      for (int64_t r = 0; r < block.rows; ++r)
-        panel.pack(panel_, r, p.a.data + (block.begin + r) * p.a.row_stride, 0, p.d);
+    const Operand a = p.a.at(block.begin);
+    if (a.d_stride == size) {
+      panel.pack(panel_, 0, p.d, [&](int64_t r) { return a.at(r).data; });
       return;
     }
-    constexpr int64_t kRowsAtOnce = 32;
-    for (int64_t r = 0; r < block.rows; r += kRowsAtOnce) {
-      const int64_t rows = std::min(kRowsAtOnce, block.rows - r);
-      char* const copy = scratch(Scratch::row, rows * p.d * size);
-      copy_rows(p.a.at(block.begin + r), rows, p.d, size, copy);
-      for (int64_t i = 0; i < rows; ++i) panel.pack(panel_, r + i, copy + i * p.d * size, 0, p.d);
+    // A piece of the reduction at a time, so that the copy stays in the L1 or L2 cache.
+    constexpr int64_t kPiece = 256;
+    char* const copy = scratch(Scratch::row, block.rows * kPiece * size);
+    for (int64_t begin = 0; begin < p.d; begin += kPiece) {
+      const int64_t d = std::min(kPiece, p.d - begin);
+      copy_rows({a.data + begin * a.d_stride, a.row_stride, a.d_stride}, block.rows, d, size, copy);
+      panel.pack(panel_, begin, d, [&](int64_t r) { return copy + r * d * size; });
     }
   }
 
-  WeightRows weight_rows(const Problem& p, int64_t column, int64_t columns) {
+  Weights weights(const Problem& p, int64_t column, int64_t columns) {
     const int64_t size = size_of(types_.in);
+    if (types_.format == WeightFormat::packed)
+      return {p.w.data + column * p.d * size, nullptr, columns, 0, p.n - column, nullptr};
     const Operand w = p.w.at(column);
-    if (p.w.d_stride == size || p.d <= 1) return {w.data, nullptr, columns, w.row_stride, nullptr};
+    if (p.w.d_stride == size || p.d <= 1) return {w.data, nullptr, columns, w.row_stride, 0, nullptr};
     char* const copy = scratch(Scratch::weights, columns * p.d * size);
     copy_rows(w, columns, p.d, size, copy);
-    return {copy, nullptr, columns, p.d * size, nullptr};
-  }
-
-  const char* widened_bias(const Problem& p, int64_t column, int64_t columns) {
-    if (!p.bias) return nullptr;
-    char* const wide = scratch(Scratch::bias, columns * accumulator_size(types_.in));
-    table_.rows->widen_row[int(types_.bias)](p.bias + column * size_of(types_.bias), wide, columns);
-    return wide;
+    return {copy, nullptr, columns, p.d * size, 0, nullptr};
   }
 
   const LevelTable& table_;
-  const DenseGemm& gemm_;
+  const GemmKernel& gemm_;
   const Types types_;
   const Block* packed_ = nullptr;
   char* panel_ = nullptr;
 };
 
+// The same for weights stored along the columns of the result.
+class ColumnWorker {
+ public:
+  ColumnWorker(const LevelTable& table, const Types& types)
+      : table_(table), gemm_(*table.row_gemm->by_dtype[int(types.in)]), types_(types) {}
+
+  // Rows of the result are long, so that they are written page by page, and W is read in long rows as well.
+  static constexpr int64_t kTargetColumns = 2048;
+  static int64_t rows_of_block(const LevelTable&, const Types& types, int64_t d) {
+    // A short reduction is soon done: then it is the sums that should stay in the cache until they are rounded.
+    constexpr int64_t kShort = 128;
+    const int64_t size = accumulator_size(types.in);
+    return block_rows(std::max(d, d <= kShort ? kTargetColumns : 0) * size, cache_sizes().l2);
+  }
+
+  void run(const Block& block, int64_t column, int64_t columns) {
+    const Problem& p = *block.problem;
+    pack(block);
+    const int64_t size = accumulator_size(types_.in), out_size = size_of(types_.out);
+    const int64_t stride = ceil_div(columns, gemm_.width) * gemm_.width;
+    char* const sums = scratch(Scratch::accumulators, block.rows * stride * size);
+    const Operand w = p.w.at(column);
+    gemm_.multiply(panel_, block.rows, w.data, w.d_stride, columns, p.d, sums, stride);
+    const char* const bias = widened_bias(p, column, columns, types_, table_);
+    for (int64_t r = 0; r < block.rows; ++r)
+      table_.rows->store_row[int(types_.out)](sums + r * stride * size, bias,
+                                              p.out + (block.begin + r) * p.out_stride + column * out_size, columns);
+  }
+
+ private:
+  void pack(const Block& block) {
+    if (packed_ == &block) return;
+    packed_ = &block;
+    const Problem& p = *block.problem;
+    const int64_t size = accumulator_size(types_.in);
+    const RowGroups groups(block.rows, gemm_.max_rows);
+    panel_ = scratch(Scratch::panel, block.rows * p.d * size);
+    for (int64_t group = 0; group < groups.count; ++group) {
+      const int64_t first = groups.first_row(group);
+      const Operand a = p.a.at(block.begin + first);
+      gemm_.pack(a.data, a.row_stride, a.d_stride, groups.rows(group), p.d, panel_ + first * p.d * size);
+    }
+  }
+
+  const LevelTable& table_;
+  const RowGemm& gemm_;
+  const Types types_;
+  const Block* packed_ = nullptr;
+  char* panel_ = nullptr;
+};
+
+template <class Worker>
 void run(const std::vector<Problem>& problems, const Types& types) {
   const LevelTable& table = level_table(types.in);
-  const DenseGemm& gemm = *table.dense_gemm->by_dtype[int(types.in)];
   int64_t width = 0, depth = 0;
   for (const Problem& p : problems) {
     width = std::max(width, p.n);
@@ -111,7 +176,7 @@ void run(const std::vector<Problem>& problems, const Types& types) {
   }
   if (width == 0) return;
   const int threads = num_threads();
-  const int64_t limit = block_rows(Panel::row_bytes(gemm, depth), cache_sizes().l2);
+  const int64_t limit = Worker::rows_of_block(table, types, depth);
 
   std::vector<Block> blocks;
   for (const Problem& p : problems) {
@@ -121,8 +186,8 @@ void run(const std::vector<Problem>& problems, const Types& types) {
       blocks.push_back({&p, begin, end - begin});
     }
   }
-  constexpr int64_t kUnit = 32, kTarget = 192;
-  const int64_t columns = task_columns(width, kUnit, kTarget, int64_t(blocks.size()), threads);
+  constexpr int64_t kUnit = kPanel;
+  const int64_t columns = task_columns(width, kUnit, Worker::kTargetColumns, int64_t(blocks.size()), threads);
   std::vector<int64_t> first_task;  // of each block
   int64_t tasks = 0;
   for (const Block& block : blocks) {
@@ -140,6 +205,16 @@ void run(const std::vector<Problem>& problems, const Types& types) {
       worker.run(blocks[index], column, std::min(columns, blocks[index].problem->n - column));
     }
   });
+}
+
+// Most of the time of a large result that is written once would go into page faults, one for every 4 KiB.
+void advise_huge_pages(const at::Tensor& out) {
+#if defined(__linux__)
+  constexpr uintptr_t kHugePage = uintptr_t(2) << 20, kLarge = 16 * kHugePage;
+  const auto begin = reinterpret_cast<uintptr_t>(out.data_ptr()), end = begin + out.nbytes();
+  const uintptr_t first = ceil_div(int64_t(begin), int64_t(kHugePage)) * kHugePage, last = end / kHugePage * kHugePage;
+  if (end - begin >= kLarge) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
+#endif
 }
 
 // Ends of the groups, checked against the size of the ragged dimension.
@@ -168,17 +243,13 @@ Operand operand(const at::Tensor& t, int64_t row, int64_t d, int64_t group) {
 }
 
 struct Arguments {
-  const at::Tensor &a, &b;
-  std::vector<int64_t> ends;  // empty for 3D x 3D
-  int64_t groups;
-  at::Tensor bias;  // undefined: none
+  GroupedMm mm;
   at::ScalarType out_dtype;
-  bool a_ragged() const { return a.dim() == 2; }
-  bool b_ragged() const { return b.dim() == 2; }
 };
 
 Arguments check(const at::Tensor& a, const at::Tensor& b, const std::optional<at::Tensor>& offs,
-                const std::optional<at::Tensor>& bias, std::optional<at::ScalarType> out_dtype) {
+                const std::optional<at::Tensor>& bias, std::optional<at::ScalarType> out_dtype,
+                c10::string_view weight_format) {
   check_cpu(kOp, "a", a);
   check_cpu(kOp, "b", b);
   check_dtype(kOp, "a", a, {at::kFloat, at::kBFloat16, at::kHalf, at::kDouble});
@@ -190,12 +261,18 @@ Arguments check(const at::Tensor& a, const at::Tensor& b, const std::optional<at
   POLYMOE_CHECK(offs.has_value() == ragged, kOp, "offs",
                 ragged ? "cumulative ends [G], since an operand is 2-D" : "None, since both operands are 3-D",
                 offs ? describe(*offs) : "None");
-  Arguments args{a, b, {}, a.dim() == 3 ? a.size(0) : b.dim() == 3 ? b.size(0) : offs->size(0), {}, {}};
+  GroupedMm mm{a,  b,
+               {}, a.dim() == 3 ? a.size(0) : b.dim() == 3 ? b.size(0) : offs->size(0),
+               {}, parse_weight_format(kOp, weight_format)};
+  if (mm.b_stored.format == WeightFormat::packed)
+    POLYMOE_CHECK(b.dim() == 3 && (b.is_contiguous() || b.transpose(1, 2).is_contiguous()) &&
+                      b.size(-1) % mm.b_stored.matrices == 0,
+                  kOp, "b", c10::str("a tensor [G, D, N] of ", weight_format, " weights"), describe(b));
   if (a.dim() == 3 && b.dim() == 3)
     POLYMOE_CHECK(a.size(0) == b.size(0), kOp, "b", c10::str("G=", a.size(0), " matrices"), describe(b));
   if (ragged) {
-    args.ends = group_ends(*offs, b.dim() == 3 ? a.size(0) : a.dim() == 3 ? b.size(1) : a.size(1));
-    POLYMOE_CHECK(int64_t(args.ends.size()) == args.groups, kOp, "offs", c10::str("a tensor [G=", args.groups, "]"),
+    mm.ends = group_ends(*offs, b.dim() == 3 ? a.size(0) : a.dim() == 3 ? b.size(1) : a.size(1));
+    POLYMOE_CHECK(int64_t(mm.ends.size()) == mm.groups, kOp, "offs", c10::str("a tensor [G=", mm.groups, "]"),
                   describe(*offs));
   }
   if (bias) {
@@ -204,65 +281,82 @@ Arguments check(const at::Tensor& a, const at::Tensor& b, const std::optional<at
     if (a.dim() == 3 && b.dim() == 2)
       check_shape(kOp, "bias", *bias, {{"N", b.size(-1)}});
     else
-      check_shape(kOp, "bias", *bias, {{"G", args.groups}, {"N", b.size(-1)}});
-    args.bias = kernel_bias(*bias, kernel_dtype(a.scalar_type()));
+      check_shape(kOp, "bias", *bias, {{"G", mm.groups}, {"N", b.size(-1)}});
+    mm.bias = kernel_bias(*bias, kernel_dtype(a.scalar_type()));
   }
-  args.out_dtype = out_dtype.value_or(a.scalar_type());
+  const at::ScalarType out = out_dtype.value_or(a.scalar_type());
   const bool wide = a.scalar_type() == at::kDouble;
-  POLYMOE_CHECK(wide ? args.out_dtype == at::kDouble
-                     : args.out_dtype == at::kFloat || args.out_dtype == at::kBFloat16 || args.out_dtype == at::kHalf,
-                kOp, "out_dtype", wide ? "float64" : "float32, bfloat16 or float16", dtype_name(args.out_dtype));
-  return args;
+  POLYMOE_CHECK(wide ? out == at::kDouble : out == at::kFloat || out == at::kBFloat16 || out == at::kHalf, kOp,
+                "out_dtype", wide ? "float64" : "float32, bfloat16 or float16", dtype_name(out));
+  return {std::move(mm), out};
 }
 
 at::Tensor grouped_mm_cpu(const at::Tensor& a, const at::Tensor& b, const std::optional<at::Tensor>& offs,
                           const std::optional<at::Tensor>& bias, std::optional<at::ScalarType> out_dtype,
-                          c10::string_view) {
-  const Arguments args = check(a, b, offs, bias, out_dtype);
-  const int64_t m = a.size(-2), n = b.size(-1), d = a.size(-1);
-  const bool per_group = args.a_ragged() == args.b_ragged();  // the output has a matrix for each group
-  const at::Tensor out = per_group ? at::empty({args.groups, m, n}, a.options().dtype(args.out_dtype))
-                                   : at::empty({m, n}, a.options().dtype(args.out_dtype));
-  const int64_t out_size = out.element_size();
-  char* const out_data = static_cast<char*>(out.data_ptr());
-
-  std::vector<Problem> problems;
-  for (int64_t g = 0; g < args.groups; ++g) {
-    const int64_t begin = args.ends.empty() || g == 0 ? 0 : args.ends[size_t(g) - 1];
-    const int64_t end = args.ends.empty() ? 0 : args.ends[size_t(g)];
-    Problem p{operand(a, -2, -1, g), operand(b, -1, -2, g), m, n, d, out_data, n * out_size, nullptr};
-    if (per_group) p.out += g * m * n * out_size;
-    if (args.a_ragged() && args.b_ragged()) {  // along the reduction
-      p.a.data += begin * p.a.d_stride;
-      p.w.data += begin * p.w.d_stride;
-      p.d = end - begin;
-    } else if (args.a_ragged()) {  // along the rows
-      p.a.data += begin * p.a.row_stride;
-      p.out += begin * p.out_stride;
-      p.m = end - begin;
-    } else if (args.b_ragged()) {  // along the columns
-      p.w.data += begin * p.w.row_stride;
-      p.out += begin * out_size;
-      p.n = end - begin;
-    }
-    if (args.bias.defined())
-      p.bias = static_cast<const char*>(args.bias.const_data_ptr()) +
-               (args.bias.dim() == 2 ? g * n : begin) * args.bias.element_size();
-    if (p.m > 0 && p.n > 0) problems.push_back(p);
-  }
-  if (!per_group) {  // what lies past the last end
-    const int64_t end = args.ends.empty() ? 0 : args.ends.back();
-    if (args.a_ragged())
-      out.narrow(0, end, m - end).zero_();
-    else
-      out.narrow(1, end, n - end).zero_();
-  }
-  run(problems, {kernel_dtype(a.scalar_type()), kernel_dtype(args.out_dtype),
-                 args.bias.defined() ? kernel_dtype(args.bias.scalar_type()) : Dtype::f32});
+                          c10::string_view weight_format, c10::string_view) {
+  const Arguments args = check(a, b, offs, bias, out_dtype, weight_format);
+  const at::Tensor out = at::empty(args.mm.out_sizes(), a.options().dtype(args.out_dtype));
+  compute(args.mm, out);
   return out;
 }
 
 TORCH_LIBRARY_IMPL(polymoe, CPU, m) { POLYMOE_IMPL(m, "grouped_mm", grouped_mm_cpu); }
 
 }  // namespace
+
+void compute(const GroupedMm& mm, const at::Tensor& out) {
+  advise_huge_pages(out);
+  const int64_t m = mm.a.size(-2), n = mm.b.size(-1), d = mm.a.size(-1);
+  const int64_t out_size = out.element_size();
+  char* const out_data = static_cast<char*>(out.data_ptr());
+
+  std::vector<Problem> problems;
+  for (int64_t g = 0; g < mm.groups; ++g) {
+    const int64_t begin = mm.ends.empty() || g == 0 ? 0 : mm.ends[size_t(g) - 1];
+    const int64_t end = mm.ends.empty() ? 0 : mm.ends[size_t(g)];
+    Problem p{
+        operand(mm.a, -2, -1, g), operand(mm.b, -1, -2, g), m, n, d, out_data, out.stride(-2) * out_size, nullptr};
+    if (mm.per_group()) p.out += g * out.stride(0) * out_size;
+    if (mm.a_ragged() && mm.b_ragged()) {  // along the reduction
+      p.a.data += begin * p.a.d_stride;
+      p.w.data += begin * p.w.d_stride;
+      p.d = end - begin;
+    } else if (mm.a_ragged()) {  // along the rows
+      p.a.data += begin * p.a.row_stride;
+      p.out += begin * p.out_stride;
+      p.m = end - begin;
+    } else if (mm.b_ragged()) {  // along the columns
+      p.w.data += begin * p.w.row_stride;
+      p.out += begin * out_size;
+      p.n = end - begin;
+    }
+    if (mm.bias.defined())
+      p.bias = static_cast<const char*>(mm.bias.const_data_ptr()) +
+               (mm.bias.dim() == 2 ? g * n : begin) * mm.bias.element_size();
+    p.n /= mm.b_stored.matrices;
+    if (p.m == 0 || p.n == 0) continue;
+    for (int64_t i = 0; i < mm.b_stored.matrices; ++i) {
+      problems.push_back(p);
+      p.w.data += p.n * d * mm.b.element_size();
+      p.out += p.n * out_size;
+      if (p.bias) p.bias += p.n * mm.bias.element_size();
+    }
+  }
+  if (!mm.per_group()) {  // what lies past the last end
+    const int64_t end = mm.ends.empty() ? 0 : mm.ends.back();
+    if (mm.a_ragged())
+      out.narrow(0, end, m - end).zero_();
+    else
+      out.narrow(1, end, n - end).zero_();
+  }
+  const Types types{kernel_dtype(mm.a.scalar_type()), kernel_dtype(out.scalar_type()),
+                    mm.bias.defined() ? kernel_dtype(mm.bias.scalar_type()) : Dtype::f32, mm.b_stored.format};
+  const bool plain = mm.b_stored.format == WeightFormat::plain, experts_do_it = mm.a_ragged() && !mm.b_ragged();
+  const bool along_columns = plain && mm.b.stride(-1) == 1 && mm.b.stride(-2) != 1 && d > 1;
+  if (along_columns && !(mm.as_experts && experts_do_it))
+    run<ColumnWorker>(problems, types);
+  else
+    run<Worker>(problems, types);
+}
+
 }  // namespace polymoe

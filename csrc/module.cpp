@@ -4,6 +4,7 @@
 #include <pybind11/stl.h>
 #include <torch/headeronly/version.h>
 
+#include "aten_grouped_mm.h"
 #include "isa.h"
 #include "threads.h"
 #include "tiling.h"
@@ -58,6 +59,9 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("in_forked_child", &in_forked_child);
   m.def("block_rows", &block_rows);
   m.def("task_columns", &task_columns);
+  m.def("sum_columns", &sum_columns);
+  m.def("serve_aten_grouped_mm", &serve_aten_grouped_mm);
+  m.def("aten_grouped_mm_calls", &aten_grouped_mm_calls);
   m.def("torch_version", [] { return TORCH_VERSION; });
 }
 

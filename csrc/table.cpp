@@ -4,7 +4,9 @@
 
 #define POLYMOE_LEVEL_TABLES(level)              \
   namespace polymoe::level {                     \
-  extern const DenseGemmTable dense_gemm_table;  \
+  extern const GemmTable plain_gemm_table;       \
+  extern const GemmTable packed_gemm_table;      \
+  extern const RowGemmTable row_gemm_table;      \
   extern const ActivationTable activation_table; \
   extern const RowTable row_table;               \
   extern const ScoreTable score_table;           \
@@ -20,8 +22,12 @@ POLYMOE_LEVEL_TABLES(avx512_bf16)
 namespace polymoe {
 namespace {
 
-#define POLYMOE_LEVEL_ENTRY(level) \
-  {&level::dense_gemm_table, &level::activation_table, &level::row_table, &level::score_table}
+#define POLYMOE_LEVEL_ENTRY(level)                        \
+  {{&level::plain_gemm_table, &level::packed_gemm_table}, \
+   &level::row_gemm_table,                                \
+   &level::activation_table,                              \
+   &level::row_table,                                     \
+   &level::score_table}
 
 // In the order of Isa. Other machines have the portable level alone, and isa.cpp lets no other become active.
 constexpr LevelTable kTables[] = {

@@ -2,14 +2,16 @@
 #pragma once
 
 #include "micro/activation.h"
-#include "micro/dense_gemm.h"
+#include "micro/gemm_kernel.h"
+#include "micro/row_gemm.h"
 #include "micro/rows.h"
 #include "micro/score.h"
 
 namespace polymoe {
 
 struct LevelTable {
-  const DenseGemmTable* dense_gemm;
+  const GemmTable* gemm[kWeightFormats];
+  const RowGemmTable* row_gemm;
   const ActivationTable* activation;
   const RowTable* rows;
   const ScoreTable* score;

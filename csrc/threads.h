@@ -65,4 +65,24 @@ class DynamicTasks {
   alignas(64) int64_t count_;
 };
 
+// Hands out [0, count) in ascending chunks that shrink as the end comes near: a thread works on long runs of
+// neighbours, and all finish together.
+class GuidedTasks {
+ public:
+  GuidedTasks(int64_t count, int threads) : count_(count), shares_(4 * threads) {}
+  // Empty when nothing is left.
+  Range next() {
+    int64_t begin = next_.load(std::memory_order_relaxed), end;
+    do {
+      end = begin + (count_ - begin + shares_ - 1) / shares_;
+    } while (!next_.compare_exchange_weak(begin, end, std::memory_order_relaxed));
+    return {begin, end};
+  }
+
+ private:
+  alignas(64) std::atomic<int64_t> next_{0};
+  alignas(64) int64_t count_;
+  int64_t shares_;
+};
+
 }  // namespace polymoe

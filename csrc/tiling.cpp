@@ -17,4 +17,12 @@ int64_t task_columns(int64_t width, int64_t unit, int64_t target, int64_t blocks
   return columns;
 }
 
+int64_t sum_columns(int64_t hidden, int64_t unit, int64_t column_bytes, int64_t l3_bytes) {
+  constexpr int64_t kUnknown = 8 << 20, kMost = 32 << 20;
+  const int64_t budget = std::min(l3_bytes > 0 ? l3_bytes / 2 : kUnknown, kMost);
+  const int64_t units = std::max<int64_t>(ceil_div(hidden, unit), 1);
+  const int64_t most = std::clamp<int64_t>(budget / (std::max<int64_t>(column_bytes, 1) * unit), 1, units);
+  return ceil_div(units, ceil_div(units, most)) * unit;
+}
+
 }  // namespace polymoe

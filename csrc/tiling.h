@@ -14,6 +14,10 @@ int64_t block_rows(int64_t row_bytes, int64_t l2_bytes);
 // tasks, so that all finish together. The last task of a matrix takes what is left.
 int64_t task_columns(int64_t width, int64_t unit, int64_t target, int64_t blocks, int threads);
 
+// Columns of a stretch of H whose sums, `column_bytes` a column, stay in half of the L3 cache: a
+// multiple of `unit`, at least one, in as few and even stretches as that allows.
+int64_t sum_columns(int64_t hidden, int64_t unit, int64_t column_bytes, int64_t l3_bytes);
+
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 }  // namespace polymoe

@@ -111,5 +111,26 @@ inline float sum(VF a) {
   return out[0];
 }
 
+// Lane j of vector i goes to lane i of vector j.
+inline void transpose(VF (&v)[8]) {
+  __m256 a[8], b[8];
+  for (int i = 0; i < 4; ++i) {
+    a[2 * i] = _mm256_unpacklo_ps(v[2 * i].v, v[2 * i + 1].v);
+    a[2 * i + 1] = _mm256_unpackhi_ps(v[2 * i].v, v[2 * i + 1].v);
+  }
+  const auto low = [](__m256 x, __m256 y) { return _mm256_shuffle_ps(x, y, _MM_SHUFFLE(1, 0, 1, 0)); };
+  const auto high = [](__m256 x, __m256 y) { return _mm256_shuffle_ps(x, y, _MM_SHUFFLE(3, 2, 3, 2)); };
+  for (int i = 0; i < 2; ++i) {  // b[4i + c]: lane c of each half of vectors 4i to 4i + 3
+    b[4 * i] = low(a[4 * i], a[4 * i + 2]);
+    b[4 * i + 1] = high(a[4 * i], a[4 * i + 2]);
+    b[4 * i + 2] = low(a[4 * i + 1], a[4 * i + 3]);
+    b[4 * i + 3] = high(a[4 * i + 1], a[4 * i + 3]);
+  }
+  for (int c = 0; c < 4; ++c) {
+    v[c].v = _mm256_permute2f128_ps(b[c], b[4 + c], 0x20);
+    v[4 + c].v = _mm256_permute2f128_ps(b[c], b[4 + c], 0x31);
+  }
+}
+
 }  // namespace
 }  // namespace polymoe::POLYMOE_LEVEL

@@ -101,5 +101,32 @@ inline float sum(VF a) {
   return out[0];
 }
 
+// Lane j of vector i goes to lane i of vector j.
+inline void transpose(VF (&v)[16]) {
+  __m512 a[16], b[16];
+  for (int i = 0; i < 8; ++i) {
+    a[2 * i] = _mm512_unpacklo_ps(v[2 * i].v, v[2 * i + 1].v);
+    a[2 * i + 1] = _mm512_unpackhi_ps(v[2 * i].v, v[2 * i + 1].v);
+  }
+  const auto low = [](__m512 x, __m512 y) { return _mm512_shuffle_ps(x, y, _MM_SHUFFLE(1, 0, 1, 0)); };
+  const auto high = [](__m512 x, __m512 y) { return _mm512_shuffle_ps(x, y, _MM_SHUFFLE(3, 2, 3, 2)); };
+  for (int i = 0; i < 4; ++i) {  // b[4i + c]: lane c of each quarter of vectors 4i to 4i + 3
+    b[4 * i] = low(a[4 * i], a[4 * i + 2]);
+    b[4 * i + 1] = high(a[4 * i], a[4 * i + 2]);
+    b[4 * i + 2] = low(a[4 * i + 1], a[4 * i + 3]);
+    b[4 * i + 3] = high(a[4 * i + 1], a[4 * i + 3]);
+  }
+  for (int c = 0; c < 4; ++c) {
+    const __m512 even01 = _mm512_shuffle_f32x4(b[c], b[4 + c], 0x88),
+                 odd01 = _mm512_shuffle_f32x4(b[c], b[4 + c], 0xdd);
+    const __m512 even23 = _mm512_shuffle_f32x4(b[8 + c], b[12 + c], 0x88);
+    const __m512 odd23 = _mm512_shuffle_f32x4(b[8 + c], b[12 + c], 0xdd);
+    v[c].v = _mm512_shuffle_f32x4(even01, even23, 0x88);
+    v[4 + c].v = _mm512_shuffle_f32x4(odd01, odd23, 0x88);
+    v[8 + c].v = _mm512_shuffle_f32x4(even01, even23, 0xdd);
+    v[12 + c].v = _mm512_shuffle_f32x4(odd01, odd23, 0xdd);
+  }
+}
+
 }  // namespace
 }  // namespace polymoe::POLYMOE_LEVEL

@@ -39,5 +39,14 @@ def block_rows(row_bytes: int, l2_bytes: int) -> int:
 def task_columns(width: int, unit: int, target: int, blocks: int, threads: int) -> int:
     """Columns of one task, when `blocks` matrices of `width` columns are shared out to `threads`."""
 
+def sum_columns(hidden: int, unit: int, column_bytes: int, l3_bytes: int) -> int:
+    """Columns of H whose sums stay in the L3 cache."""
+
+def serve_aten_grouped_mm(on: bool) -> None:
+    """Put a kernel for `aten::_grouped_mm` on the CPU in place, or take it away."""
+
+def aten_grouped_mm_calls() -> tuple[int, int]:
+    """Calls that this kernel served, and calls that it passed on to torch's."""
+
 def torch_version() -> str:
     """The torch version this extension was compiled against."""

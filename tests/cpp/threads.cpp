@@ -14,6 +14,7 @@
 #include <vector>
 
 using polymoe::DynamicTasks;
+using polymoe::GuidedTasks;
 using polymoe::num_threads;
 using polymoe::parallel_region;
 using polymoe::Range;
@@ -113,6 +114,36 @@ void dynamic_tasks_cover_the_range() {
   REQUIRE(DynamicTasks(0).next().empty());
 }
 
+void guided_tasks_cover_the_range() {
+  for (int threads : {1, 2, 3, 4}) {
+    at::set_num_threads(threads);
+    for (size_t count : {1, 2, 5, 16, 1000}) {
+      std::vector<std::atomic<int>> seen(count);
+      GuidedTasks tasks(static_cast<int64_t>(count), threads);
+      parallel_region(threads, [&](int) {
+        for (Range r = tasks.next(); !r.empty(); r = tasks.next())
+          for (int64_t i = r.begin; i < r.end; ++i) ++seen[i];
+      });
+      for (const std::atomic<int>& times : seen) REQUIRE(times == 1);
+      REQUIRE(tasks.next().empty());
+    }
+    REQUIRE(GuidedTasks(0, threads).next().empty());
+  }
+}
+
+void guided_tasks_shrink() {
+  GuidedTasks tasks(1000, 2);
+  int64_t end = 0, size = 1000;
+  for (Range r = tasks.next(); !r.empty(); r = tasks.next()) {
+    REQUIRE(r.begin == end);
+    REQUIRE(r.end - r.begin <= size);
+    end = r.end;
+    size = r.end - r.begin;
+  }
+  REQUIRE(end == 1000);
+  REQUIRE(size == 1);  // the last ones are handed out one by one, so that all threads finish together
+}
+
 void concurrent_callers_do_not_mix() {
   at::set_num_threads(2);
   std::vector<std::thread> callers;
@@ -146,6 +177,8 @@ int main() {
   nested_regions_are_serial();
   exceptions_reach_the_caller();
   dynamic_tasks_cover_the_range();
+  guided_tasks_cover_the_range();
+  guided_tasks_shrink();
   concurrent_callers_do_not_mix();
   forked_child_runs_serially();
 }

@@ -52,6 +52,11 @@ def shape(op: str, argument: str, tensor: Tensor, dims: Mapping[str, int | None]
         fail(op, argument, f"a tensor [{', '.join(letters)}]", describe(tensor))
 
 
+def contiguous(op: str, argument: str, tensor: Tensor) -> None:
+    if not tensor.is_contiguous():
+        fail(op, argument, "a contiguous tensor", f"{describe(tensor)} with strides {tuple(tensor.stride())}")
+
+
 def device(op: str, argument: str, tensor: Tensor, like: Tensor) -> None:
     if tensor.device != like.device:
         fail(op, argument, f"a tensor on {like.device}", f"{name_of(tensor.dtype)} on {tensor.device}")

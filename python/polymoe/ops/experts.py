@@ -9,6 +9,7 @@ from polymoe.ops._library import define_op, public
 from polymoe.ops.activate import KINDS, check_kind
 
 WEIGHT_PLACEMENTS = ("output", "activation", "input")
+WEIGHT_FORMATS = ("plain", "packed")
 
 
 def check(
@@ -26,6 +27,7 @@ def check(
     interleaved: bool = False,
     weight_placement: str = "output",
     save: bool = False,
+    weight_format: str = "plain",
 ) -> None:
     op = "experts"
     check_that.dtype(op, "x", x, check_that.FLOATS)
@@ -33,6 +35,10 @@ def check(
     check_kind(op, "activation", activation, alpha, limit, interleaved)
     check_that.choice(op, "weight_placement", weight_placement, WEIGHT_PLACEMENTS)
     E, P = _check_projections(x, gate_up, down, activation, transposed)
+    check_that.choice(op, "weight_format", weight_format, WEIGHT_FORMATS)
+    if weight_format != "plain":
+        check_that.contiguous(op, "gate_up", gate_up)
+        check_that.contiguous(op, "down", down)
     check_that.dtype(op, "ids", ids, check_that.IDS)
     check_that.shape(op, "ids", ids, {"T": x.shape[0], "K": None})
     check_that.slots(op, ids)
@@ -87,6 +93,7 @@ def fake(
     interleaved: bool = False,
     weight_placement: str = "output",
     save: bool = False,
+    weight_format: str = "plain",
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     out = x.new_empty(x.shape)
     if not save:
@@ -106,11 +113,12 @@ _experts = define_op(
     "experts",
     '(Tensor x, Tensor gate_up, Tensor down, Tensor weights, Tensor ids, str activation="swiglu", float? alpha=None, '
     "float? limit=None, Tensor? gate_up_bias=None, Tensor? down_bias=None, bool transposed=False, "
-    'bool interleaved=False, str weight_placement="output", bool save=False, *, str backend="") '
+    'bool interleaved=False, str weight_placement="output", bool save=False, str weight_format="plain", '
+    '*, str backend="") '
     "-> (Tensor out, Tensor pre_activation, Tensor offsets, Tensor row_slot, Tensor slot_row)",
     check,
     fake,
-    options={"activation": "swiglu", "weight_placement": "output"},
+    options={"activation": "swiglu", "weight_placement": "output", "weight_format": "plain"},
 )
 
 
@@ -129,6 +137,7 @@ def experts(
     transposed: bool = False,
     interleaved: bool = False,
     weight_placement: str = "output",
+    weight_format: str = "plain",
     *,
     backend: str | None = None,
 ) -> Tensor:
@@ -146,6 +155,8 @@ def experts(
         gate_up_bias, down_bias: [E, 2I] ([E, I] ungated) and [E, H]; x's dtype or float32.
         weight_placement: what the routing weight multiplies: "output" (in combine), "activation" (in activate, before
             its rounding; DeepSeek's own code) or "input" (in dispatch, with one more rounding; Llama-4).
+        weight_format: "plain", or "packed" for weights as polymoe.formats.pack_ left them: gate_up packed with
+            gate_up=True where the activation is gated, and both contiguous. `interleaved` then speaks of the bias.
 
     Returns:
         [T, H] of x's dtype. On one backend, instruction set level and layout it equals, to the bit,
@@ -162,7 +173,7 @@ def experts(
     Raises:
         ValueError: any other shape, dtype, device or option.
     """
-    chosen = select("experts", x, (activation, weight_placement), backend)
+    chosen = select("experts", x, (activation, weight_placement, weight_format), backend)
     out: Tensor = _experts(
         x,
         gate_up,
@@ -178,6 +189,7 @@ def experts(
         interleaved,
         weight_placement,
         False,
+        weight_format,
         backend=chosen,
     )[0]
     return out

@@ -7,6 +7,8 @@ from polymoe.hal.select import select
 from polymoe.ops import _check as check_that
 from polymoe.ops._library import define_op, public
 
+WEIGHT_FORMATS = ("plain", "packed", "packed_gate_up")
+
 
 def check(
     a: Tensor,
@@ -14,6 +16,7 @@ def check(
     offs: Tensor | None = None,
     bias: Tensor | None = None,
     out_dtype: torch.dtype | None = None,
+    weight_format: str = "plain",
 ) -> None:
     op = "grouped_mm"
     check_that.dtype(op, "a", a, check_that.FLOATS)
@@ -34,6 +37,19 @@ def check(
             check_that.shape(op, "bias", bias, {"G": groups, "N": b.shape[-1]})
         check_that.device(op, "bias", bias, a)
     check_that.output_dtype(op, out_dtype, a.dtype)
+    check_that.choice(op, "weight_format", weight_format, WEIGHT_FORMATS)
+    if weight_format != "plain":
+        _check_packed(b, weight_format)
+
+
+def _check_packed(b: Tensor, weight_format: str) -> None:
+    op = "grouped_mm"
+    if b.dim() != 3:
+        check_that.fail(op, "b", f"3 dimensions where it is {weight_format}", check_that.describe(b))
+    if weight_format == "packed_gate_up" and b.shape[-1] % 2 != 0:
+        check_that.fail(op, "b", "an even N where it is packed_gate_up", check_that.describe(b))
+    if not (b.is_contiguous() or b.mT.is_contiguous()):
+        check_that.fail(op, "b", "a packed tensor [G, D, N], or [G, N, D] transposed", check_that.describe(b))
 
 
 def _check_groups(a: Tensor, b: Tensor, offs: Tensor | None) -> int:
@@ -61,6 +77,7 @@ def fake(
     offs: Tensor | None = None,
     bias: Tensor | None = None,
     out_dtype: torch.dtype | None = None,
+    weight_format: str = "plain",
 ) -> Tensor:
     M, N = a.shape[-2], b.shape[-1]
     if a.dim() == b.dim():
@@ -72,9 +89,10 @@ def fake(
 _grouped_mm = define_op(
     "grouped_mm",
     "(Tensor a, Tensor b, Tensor? offs=None, Tensor? bias=None, ScalarType? out_dtype=None, "
-    '*, str backend="") -> Tensor',
+    'str weight_format="plain", *, str backend="") -> Tensor',
     check,
     fake,
+    options={"weight_format": "plain"},
 )
 
 
@@ -85,6 +103,7 @@ def grouped_mm(
     offs: Tensor | None = None,
     bias: Tensor | None = None,
     out_dtype: torch.dtype | None = None,
+    weight_format: str = "plain",
     *,
     backend: str | None = None,
 ) -> Tensor:
@@ -101,6 +120,8 @@ def grouped_mm(
             plan.offsets[1:]. They must not decrease and must lie in [0, size that is cut]; the CPU checks it.
         bias: [G, N], or [N] where a has 3 dimensions and b has 2; a's dtype or float32.
         out_dtype: dtype of the result, by default a's; float64 if and only if a is float64.
+        weight_format: "plain", or "packed" or "packed_gate_up" where b is the transposed view of [G, N, D] (or is the
+            [G, D, N]) that polymoe.formats.pack_ packed, without or with gate_up.
 
     Returns:
         Contiguous. Sums are float32 (float64 for float64), the bias is added in float32, and the result is rounded
@@ -109,4 +130,5 @@ def grouped_mm(
     Raises:
         ValueError: any other shape, dtype, device; offsets as above.
     """
-    return _grouped_mm(a, b, offs, bias, out_dtype, backend=select("grouped_mm", a, (), backend))
+    chosen = select("grouped_mm", a, (weight_format,), backend)
+    return _grouped_mm(a, b, offs, bias, out_dtype, weight_format, backend=chosen)

@@ -4,10 +4,11 @@ import torch
 from torch import Tensor
 
 from polymoe.reference._arithmetic import arithmetic_dtype
-from polymoe.reference.activate import activate
+from polymoe.reference.activate import UNGATED, activate
 from polymoe.reference.combine import combine
 from polymoe.reference.dispatch import dispatch
 from polymoe.reference.grouped_mm import grouped_mm
+from polymoe.reference.pack_weight import unpack
 from polymoe.reference.plan import plan
 
 
@@ -26,11 +27,15 @@ def experts(
     interleaved: bool = False,
     weight_placement: str = "output",
     save: bool = False,
+    weight_format: str = "plain",
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     def weights_at(placement: str) -> Tensor | None:
         return weights if weight_placement == placement else None
 
     compute = arithmetic_dtype(x.dtype)
+    if weight_format == "packed":
+        gate_up = unpack(gate_up, activation not in UNGATED, interleaved, transposed)
+        down = unpack(down, transposed=transposed)
     if not transposed:
         gate_up, down = gate_up.mT, down.mT
     offsets, row_slot, slot_row = plan(ids, gate_up.shape[0])

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from polymoe.reference._arithmetic import arithmetic_dtype
+from polymoe.reference.pack_weight import unpack
 
 
 def grouped_mm(
@@ -12,7 +13,12 @@ def grouped_mm(
     offs: Tensor | None = None,
     bias: Tensor | None = None,
     out_dtype: torch.dtype | None = None,
+    weight_format: str = "plain",
 ) -> Tensor:
+    if weight_format != "plain":
+        transposed = b.is_contiguous()
+        plain = unpack(b if transposed else b.mT, weight_format == "packed_gate_up", transposed=transposed)
+        b = plain if transposed else plain.mT
     compute = arithmetic_dtype(a.dtype)
     M, N = a.shape[-2], b.shape[-1]
     a_c, b_c = a.to(compute), b.to(compute)

@@ -1,4 +1,4 @@
-// Dense weights, read as they are stored. For each dtype: how one step of a packed row of A and of a stored row of W is
+// Plain weights, read as they are stored. For each dtype: how one step of a packed row of A and of a stored row of W is
 // loaded, and how their products are added to an accumulator of type `V`.
 #pragma once
 
@@ -9,7 +9,7 @@ namespace {
 
 // Types that widen one to one: a packed element is an accumulator lane.
 template <class T, class Vector, class Lane>
-struct DenseWidened {
+struct PlainWidened {
   using Stored = T;
   using V = Vector;
   using Sum = Lane;
@@ -24,12 +24,12 @@ struct DenseWidened {
   static void pack(const char* p, char* out) { store(reinterpret_cast<Lane*>(out), load_w(p)); }
 };
 
-using DenseF32 = DenseWidened<float, VF, float>;
-using DenseF16 = DenseWidened<f16, VF, float>;
+using PlainF32 = PlainWidened<float, VF, float>;
+using PlainF16 = PlainWidened<f16, VF, float>;
 
 #if defined(POLYMOE_LEVEL_AVX512_BF16)
 
-struct DenseBf16 {
+struct PlainBf16 {
   using Stored = bf16;
   using V = VF;
   using Sum = float;
@@ -48,7 +48,7 @@ struct DenseBf16 {
 
 // Two bf16 in 32 bits widen by a shift (the even one) and a mask (the odd one), with no lane crossing; rows of A are
 // packed in the same order, all even elements of a step before all odd ones.
-struct DenseBf16 {
+struct PlainBf16 {
   using Stored = bf16;
   using V = VF;
   using Sum = float;
@@ -93,7 +93,7 @@ struct DenseBf16 {
 #endif
 
 #if defined(POLYMOE_LEVEL_PORTABLE)
-using DenseF64 = DenseWidened<double, VD, double>;
+using PlainF64 = PlainWidened<double, VD, double>;
 #endif
 
 }  // namespace

@@ -1,8 +1,8 @@
-// The dense matmul microkernel: register tiles along the reduction over rows stored along the reduction, so that
-// weights are streamed as nn.Linear lays them out, without a packed copy.
-#include "dense_gemm.h"
-
-#include "../formats/dense.h"
+// The plain matmul microkernel: register tiles along the reduction over rows stored along the reduction, so that
+// weights are streamed as nn.Linear lays them out, without a packed copy. A lane of an accumulator takes every
+// step-th element; after a block the lanes are added in a fixed tree.
+#include "../formats/plain.h"
+#include "gemm_kernel.h"
 
 namespace polymoe::POLYMOE_LEVEL {
 namespace {
@@ -109,12 +109,12 @@ Tile<F> tile_of(int rows, int columns) {
   }
 }
 
-const char* weight_row(const WeightRows& w, int64_t j) {
+const char* weight_row(const Weights& w, int64_t j) {
   return j < w.split ? w.first + j * w.stride : w.second + (j - w.split) * w.stride;
 }
 
 template <class F>
-void multiply(const char* a, int64_t m, const WeightRows& w, int64_t n, int64_t d, void* c, int64_t ldc) {
+void multiply(const char* a, int64_t m, const Weights& w, int64_t n, int64_t d, void* c, int64_t ldc) {
   const RowGroups groups(m, kMaxRows);
   if (groups.count == 0 || n == 0) return;
   const int64_t all = (d + F::step - 1) / F::step;
@@ -145,27 +145,30 @@ void multiply(const char* a, int64_t m, const WeightRows& w, int64_t n, int64_t 
 }
 
 template <class F>
-void pack_row(const char* row, int64_t d, char* out, int64_t step_stride) {
-  constexpr int64_t stored = F::step * sizeof(typename F::Stored);
+void pack_rows(const char* const* rows, int64_t count, int64_t d, char* out) {
+  constexpr int64_t stored = F::step * sizeof(typename F::Stored), packed = F::step * sizeof(typename F::Packed);
   const int64_t whole = d / F::step;
-  for (int64_t s = 0; s < whole; ++s) F::pack(row + s * stored, out + s * step_stride);
+  for (int64_t r = 0; r < count; ++r)
+    for (int64_t s = 0; s < whole; ++s) F::pack(rows[r] + s * stored, out + (s * count + r) * packed);
   if (d % F::step == 0) return;
-  char last[stored] = {};
-  __builtin_memcpy(last, row + whole * stored, size_t(d % F::step) * sizeof(typename F::Stored));
-  F::pack(last, out + whole * step_stride);
+  for (int64_t r = 0; r < count; ++r) {
+    char last[stored] = {};
+    __builtin_memcpy(last, rows[r] + whole * stored, size_t(d % F::step) * sizeof(typename F::Stored));
+    F::pack(last, out + (whole * count + r) * packed);
+  }
 }
 
 template <class F>
-constexpr DenseGemm kernel = {F::step, sizeof(typename F::Packed), kMaxRows, pack_row<F>, multiply<F>};
+constexpr GemmKernel kernel = {F::step, sizeof(typename F::Packed), kMaxRows, 1, pack_rows<F>, multiply<F>};
 
 }  // namespace
 
-extern const DenseGemmTable dense_gemm_table;
-const DenseGemmTable dense_gemm_table = {{&kernel<DenseF32>, &kernel<DenseBf16>, &kernel<DenseF16>,
+extern const GemmTable plain_gemm_table;
+const GemmTable plain_gemm_table = {{&kernel<PlainF32>, &kernel<PlainBf16>, &kernel<PlainF16>,
 #if defined(POLYMOE_LEVEL_PORTABLE)
-                                          &kernel<DenseF64>
+                                     &kernel<PlainF64>
 #else
-                                          nullptr
+                                     nullptr
 #endif
 }};
 

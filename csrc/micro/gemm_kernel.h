@@ -1,0 +1,73 @@
+// The matmul kernels of one ISA level: C[m, n] = sum over d of A[m, d] * W[n, d]. A kernel serves one dtype and one
+// format of the weights W; rows of A are packed for it first.
+//
+// Every element of C is summed in one order that depends on the level, the dtype, the format and the reduction length
+// alone: blocks of fixed length along the reduction, each from fresh accumulators, added in ascending order. How rows
+// and columns are tiled never shows in the bits, so a token's result cannot depend on the tokens beside it.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "../dtype.h"
+
+namespace polymoe {
+
+// plain: rows along the reduction, as nn.Linear stores them. packed: panels of kPanel columns (rows of W).
+enum class WeightFormat : int { plain, packed };
+constexpr int kWeightFormats = 2;
+
+// A packed matrix [N, D] is N / kPanel panels and one of the N % kPanel columns left, all without padding. In a panel
+// of c columns step s of the reduction is c * step elements: column by column, `step` elements each. Where D is no
+// multiple of the step, the last element of each of the c columns follows.
+constexpr int64_t kPanel = 32;
+
+// Elements of the reduction, at most, that a packed kernel takes through all of a call's rows and columns at a time.
+constexpr int64_t kSlice = 512;
+
+// Columns of C, that is rows of W, in up to two runs: the gate half and the up half of an expert.
+struct Weights {
+  const char* first;   // row 0; of packed weights, a panel
+  const char* second;  // row `split`
+  int64_t split;       // rows in the first run
+  int64_t stride;      // plain: bytes from a row to the next within a run
+  int64_t left;        // packed: rows from the begin of either run to the end of its matrix
+  const char* next;    // where the next call will begin, or null: fetched ahead while the last rows are used
+};
+
+struct GemmKernel {
+  int step;         // elements of the reduction taken at a time; packed rows of A are padded with zeros to whole steps
+  int packed_size;  // bytes that an element of A takes once packed
+  int max_rows;     // rows of a register tile, and so of a row group
+  int columns;      // a run of W must begin at a multiple of it: kPanel for packed weights
+
+  // Packs elements [0, d) of `count` <= max_rows rows of A, d > 0, as one row group: step s of row r goes to
+  // out + (s * count + r) * step * packed_size.
+  void (*pack_rows)(const char* const* rows, int64_t count, int64_t d, char* out);
+
+  // c[i * ldc + j] for i < m, j < n: f32, or f64 for f64. `a` holds m rows packed in the groups of RowGroups.
+  void (*multiply)(const char* a, int64_t m, const Weights& w, int64_t n, int64_t d, void* c, int64_t ldc);
+};
+
+// nullptr where the level has no kernel for the dtype (f64 above the portable level).
+struct GemmTable {
+  const GemmKernel* by_dtype[kDtypes];
+};
+
+// m rows in as few groups of at most `max_rows` as possible, as even as possible: 5 rows are 3 + 2, not 4 + 1.
+// A group holds its rows interleaved by step, and the groups lie one after the other.
+//
+// Always inlined: sources of every ISA level share this, and the linker must have no copy to choose.
+struct RowGroups {
+  int64_t count, size, larger;  // `larger` groups of size + 1 come first
+
+  [[gnu::always_inline]] RowGroups(int64_t m, int64_t max_rows)
+      : count((m + max_rows - 1) / max_rows), size(count ? m / count : 0), larger(count ? m % count : 0) {}
+
+  [[gnu::always_inline]] int64_t first_row(int64_t group) const {
+    return group * size + (group < larger ? group : larger);
+  }
+  [[gnu::always_inline]] int rows(int64_t group) const { return int(size + (group < larger)); }
+};
+
+}  // namespace polymoe

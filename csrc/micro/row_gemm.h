@@ -1,0 +1,33 @@
+// The matmul of one ISA level for weights stored along their output columns: C[m, n] = sum over d of A[m, d] * W[d, n].
+// Gradients need it: dX multiplies by the transpose of what the forward does, and dW is a sum over tokens.
+//
+// Vectors run along n, so an element of C is one lane and nothing is summed across lanes. It is summed in ascending
+// order in blocks of fixed length, and the blocks are added in ascending order: like those of the other kernels, these
+// bits depend on the level, the dtype and the reduction length alone, but they are not the same bits.
+#pragma once
+
+#include <cstdint>
+
+#include "../dtype.h"
+#include "gemm_kernel.h"
+
+namespace polymoe {
+
+struct RowGemm {
+  int max_rows;  // of a row group
+  int width;     // a row of C has room for a multiple of this
+
+  // Widens elements [0, d) of `rows` rows, a row group, to out[k * rows + row]. Strides in bytes.
+  void (*pack)(const char* a, int64_t row_stride, int64_t d_stride, int64_t rows, int64_t d, void* out);
+
+  // c[i * ldc + j] for i < m, j < n, and anything in the rest of the last vector: f32, or f64 for f64. `a` holds the
+  // groups of RowGroups one after the other. Row k of W begins at w + k * stride; stride in bytes.
+  void (*multiply)(const void* a, int64_t m, const char* w, int64_t stride, int64_t n, int64_t d, void* c, int64_t ldc);
+};
+
+// nullptr where the level has no kernel for the dtype (f64 above the portable level).
+struct RowGemmTable {
+  const RowGemm* by_dtype[kDtypes];
+};
+
+}  // namespace polymoe

@@ -1,0 +1,5 @@
+"""How weights are stored."""
+
+from polymoe.formats.packed import pack_, unpack_
+
+__all__ = ["pack_", "unpack_"]
