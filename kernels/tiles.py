@@ -1,0 +1,159 @@
+"""The closed-form choice of tiles, warps, stages and schedule from a problem and a device: pure Python, no tuning runs.
+
+What a result's bits may depend on is chosen without looking at the number of rows: BLOCK_N, BLOCK_K, the matrix
+instruction. Rows decide BLOCK_M, among heights that compile to the same instruction, and the order of the tiles.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from polymoe.kernels.devices import Device
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A grouped product of S rows in G groups: [rows of a group, D] @ [D, N].
+
+    arithmetic: "bf16", "f16", "tf32" or "f32".
+    """
+
+    arithmetic: str
+    S: int
+    G: int
+    N: int
+    D: int
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """warps by program, stages of the software pipeline; see kernels/schedule.py for band and chiplets."""
+
+    block_m: int
+    block_n: int
+    block_k: int
+    warps: int
+    stages: int
+    persistent: bool
+    band: int
+    chiplets: int
+    nonkdim: int = 0
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """What Triton takes beside a kernel's arguments."""
+        options = {"num_warps": self.warps, "num_stages": self.stages}
+        return options | ({"matrix_instr_nonkdim": self.nonkdim} if self.nonkdim else {})
+
+
+@dataclass(frozen=True)
+class Rule:
+    """warps: of every BLOCK_M to choose from. nonkdim: rows of the matrix instruction, where Triton would let BLOCK_M
+    decide."""
+
+    warps: dict[int, int]
+    block_n: int
+    block_k: int
+    stages: int
+    nonkdim: int = 0
+
+
+_HOPPER = {64: 4, 128: 8}
+_AMPERE = {16: 4, 32: 4, 64: 4, 128: 8}
+# GeForce-class Blackwell has the matrix instructions of _AMPERE; beside them and bulk copies, tall tiles leave too few
+# registers to activate.
+_GEFORCE = {16: 4, 32: 4, 64: 8}
+_FMA = {16: 4, 32: 4, 64: 8}
+
+# By family and arithmetic. sm_90 and sm_100 have no instruction below 64 rows; bf16 and f16 share their rules.
+RULES: dict[tuple[str, str], Rule] = {
+    ("sm_80", "bf16"): Rule(_AMPERE, 128, 64, 4),
+    ("sm_80", "tf32"): Rule(_AMPERE, 128, 32, 4),
+    ("sm_80", "f32"): Rule(_FMA, 64, 32, 3),
+    ("sm_90", "bf16"): Rule(_HOPPER, 128, 64, 4),
+    ("sm_90", "tf32"): Rule(_HOPPER, 128, 32, 4),
+    ("sm_90", "f32"): Rule(_FMA, 64, 32, 3),
+    ("sm_100", "bf16"): Rule(_HOPPER, 128, 64, 4),
+    ("sm_100", "tf32"): Rule(_HOPPER, 128, 32, 4),
+    ("sm_100", "f32"): Rule(_FMA, 64, 32, 3),
+    ("sm_120", "bf16"): Rule(_GEFORCE, 128, 64, 3),
+    ("sm_120", "tf32"): Rule(_GEFORCE, 128, 32, 3),
+    ("sm_120", "f32"): Rule(_FMA, 64, 32, 3),
+    ("gfx942", "bf16"): Rule(_AMPERE, 128, 64, 2, nonkdim=16),
+    ("gfx942", "tf32"): Rule(_AMPERE, 128, 32, 2, nonkdim=16),
+    ("gfx942", "f32"): Rule(_AMPERE, 128, 32, 2, nonkdim=16),
+    ("gfx950", "bf16"): Rule(_AMPERE, 128, 64, 2, nonkdim=16),
+    ("gfx950", "f32"): Rule(_AMPERE, 128, 32, 2, nonkdim=16),
+    ("gfx1100", "bf16"): Rule({16: 4, 32: 4, 64: 4}, 64, 32, 2),
+    ("gfx1100", "f32"): Rule({16: 4, 32: 4, 64: 8}, 64, 32, 2),
+    ("gfx1200", "bf16"): Rule({16: 4, 32: 4, 64: 4}, 64, 32, 2),
+    ("gfx1200", "f32"): Rule({16: 4, 32: 4, 64: 8}, 64, 32, 2),
+    ("other", "bf16"): Rule({16: 4, 32: 4, 64: 4}, 64, 32, 2),
+    ("other", "f32"): Rule(_FMA, 64, 32, 2),
+    # Few, large blocks.
+    ("interpreter", "bf16"): Rule(dict.fromkeys((16, 64, 256, 1024), 4), 1024, 512, 1),
+    ("interpreter", "tf32"): Rule(dict.fromkeys((16, 64, 256, 1024), 4), 1024, 512, 1),
+    ("interpreter", "f32"): Rule(dict.fromkeys((16, 64, 256, 1024), 4), 1024, 128, 1),
+}
+
+BYTES = {"bf16": 2, "f16": 2, "tf32": 4, "f32": 4}
+SMALLEST_N = 16
+STAGED_IN_REGISTERS = ("gfx942", "gfx1100", "gfx1200")
+
+
+def rule(family: str, arithmetic: str) -> Rule:
+    return RULES[family, "bf16" if arithmetic == "f16" else arithmetic]
+
+
+def offers_tf32(family: str) -> bool:
+    return (family, "tf32") in RULES
+
+
+def block_m(problem: Problem, device: Device) -> int:
+    """The smallest height that takes an average group in one tile. Groups without rows cost nothing and are not part
+    of the average, as far as the shape shows."""
+    heights = sorted(rule(device.family, problem.arithmetic).warps)
+    average = problem.S / max(min(problem.S, problem.G), 1)
+    return next((height for height in heights if height >= average), heights[-1])
+
+
+def power_of_2(n: float) -> int:
+    """The largest power of 2 that is at most n, for n >= 1."""
+    return 1 << int(math.log2(n))
+
+
+def choose(problem: Problem, device: Device) -> Tiles:
+    its = rule(device.family, problem.arithmetic)
+    height = block_m(problem, device)
+    width = min(its.block_n, max(SMALLEST_N, power_of_2(max(2 * problem.N - 1, 1))))
+    rows = problem.S // height + min(problem.S, problem.G)
+    columns = -(-problem.N // width)
+    return Tiles(
+        block_m=height,
+        block_n=width,
+        block_k=its.block_k,
+        warps=its.warps[height],
+        stages=_stages(its, height, width, BYTES[problem.arithmetic], device),
+        # Multiply-adds take so long that there is nothing to gain from fetching the next tile early.
+        persistent=device.descriptors and problem.arithmetic != "f32" and rows * columns >= 2 * device.units,
+        band=_band(problem, height, width, device.units),
+        chiplets=device.chiplets,
+        nonkdim=its.nonkdim,
+    )
+
+
+def _stages(its: Rule, height: int, width: int, size: int, device: Device) -> int:
+    """As many as the shared memory holds, with one KiB to spare for barriers. One of them waits in registers on devices
+    that cannot copy to shared memory past them."""
+    fit = (device.shared - 1024) // ((height + width) * its.block_k * size)
+    return max(1, min(its.stages, fit + (device.family in STAGED_IN_REGISTERS)))
+
+
+def _band(problem: Problem, height: int, width: int, units: int) -> int:
+    """Of the tiles that run at one time, band * (units / band), the rows and columns read are fewest at this height of
+    a band; beyond the tiles of one group, though, there are no more weights to share."""
+    square = math.sqrt(units * width / height)
+    group = -(-problem.S // (max(min(problem.S, problem.G), 1) * height))
+    return power_of_2(max(1.0, min(square, group, 16.0)))

@@ -1,0 +1,86 @@
+"""What every compiled kernel must look like on its target."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+from tests.gpu_offline.assembly import Facts
+
+from polymoe.kernels.devices import TARGETS
+
+PRODUCTS = ("grouped_mm", "gate_up")
+
+# Matrix instructions by target and arithmetic; None where multiply-adds do the work.
+_MMA_SYNC = {
+    "bf16": r"HMMA\.16816\.F32\.BF16",
+    "f16": r"HMMA\.16816\.F32",
+    "tf32": r"HMMA\.1688\.F32\.TF32",
+    "f32": None,
+}
+_MFMA = {"f32": "v_mfma_f32_16x16x4_f32"}
+_WMMA = {"bf16": "v_wmma_f32_16x16x16_bf16", "f16": "v_wmma_f32_16x16x16_f16", "f32": None}
+INSTRUCTIONS: dict[str, dict[str, str | None]] = {
+    "sm_80": _MMA_SYNC,
+    "sm_90": {
+        "bf16": r"HGMMA\.64x\d+x16\.F32\.BF16",
+        "f16": r"HGMMA\.64x\d+x16\.F32",
+        "tf32": r"HGMMA\.64x\d+x8\.F32\.TF32",
+        "f32": None,
+    },
+    "sm_100": {"bf16": "UTCHMMA", "f16": "UTCHMMA", "tf32": "UTCHMMA", "f32": None},
+    "sm_120": _MMA_SYNC,
+    "gfx942": _MFMA
+    | {
+        "bf16": "v_mfma_f32_16x16x16_bf16",
+        "f16": "v_mfma_f32_16x16x16_f16",
+        "tf32": "v_mfma_f32_16x16x8_xf32",
+    },
+    "gfx950": _MFMA | {"bf16": "v_mfma_f32_16x16x32_bf16", "f16": "v_mfma_f32_16x16x32_f16"},
+    "gfx1100": _WMMA,
+    "gfx1200": _WMMA,
+}
+
+
+# Triton 3.9 copies these to shared memory by 4 bytes, because of the order in which the instruction reads them.
+NARROW = (("gfx950", "f32"),)
+
+
+def complaints(name: str, arithmetic: str, described: int, target: str, facts: Facts) -> list[str]:
+    """What is wrong with a kernel that reads `described` operands through descriptors; empty if nothing is."""
+    device = TARGETS[target]
+    found = []
+    if facts.spilled or facts.local:
+        found.append(f"{facts.spilled} spilled registers, {facts.local} bytes of local memory")
+    if facts.shared > device.shared:
+        found.append(f"{facts.shared} bytes of shared memory, of {device.shared}")
+    instruction = INSTRUCTIONS[target][arithmetic] if name in PRODUCTS else None
+    others = [opcode for opcode in facts.matrix if instruction is None or not re.fullmatch(instruction, opcode)]
+    if others:
+        found.append(f"matrix instructions {', '.join(others)}, expected {instruction or 'none'}")
+    if instruction is not None and not facts.matrix:
+        found.append(f"no matrix instruction, expected {instruction}")
+    if len(facts.matrix) > 1:
+        found.append(f"more than one matrix instruction: {', '.join(facts.matrix)}")
+    if name in PRODUCTS:
+        found += _loads(described, (target, arithmetic) in NARROW, facts)
+    return found
+
+
+def _loads(described: int, narrow_too: bool, facts: Facts) -> list[str]:
+    found = []
+    if (described > 0) != ("tma" in facts.loads):
+        found.append(f"{described} operands with descriptors, and {facts.loads.get('tma', 0)} bulk copies")
+    narrow = [width for width in facts.loop_loads if width not in ("tma", "16")]
+    if narrow and not narrow_too:
+        found.append(f"loads of {', '.join(narrow)} bytes in the main loop")
+    return found
+
+
+def varying(rows: Sequence[tuple[tuple[str, ...], str]]) -> list[str]:
+    """rows: what a result may not depend on beyond (kernel, dtype, N, D, target), and the instruction with its step
+    along the reduction. Returns those with more than one."""
+    seen: dict[tuple[str, ...], set[str]] = {}
+    for key, instruction in rows:
+        seen.setdefault(key, set()).add(instruction)
+    return [f"{' '.join(key)}: {', '.join(sorted(found))}" for key, found in sorted(seen.items()) if len(found) > 1]

@@ -1,0 +1,196 @@
+"""The routed layers of published models, and the calls that run them. Nothing here holds data: tensors are of torch's
+device "meta"."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+DTYPES = {"bf16": torch.bfloat16, "f16": torch.float16, "tf32": torch.float32, "f32": torch.float32}
+# Tokens of a batch, from decode to a long prefill: enough to come by every height of a tile.
+TOKENS = (1, 64, 1024, 8192, 131072)
+FEW_TOKENS = (1, 8192)  # for the kernels whose blocks do not depend on the batch
+
+
+@dataclass(frozen=True)
+class Model:
+    """H, I, E, K as everywhere in polymoe; the rest as polymoe.experts and polymoe.gate name it."""
+
+    name: str
+    H: int
+    I: int
+    E: int
+    K: int
+    activation: str = "swiglu"
+    alpha: float | None = None
+    limit: float | None = None
+    transposed: bool = False
+    interleaved: bool = False
+    bias: bool = False
+    placement: str = "output"
+    scoring: str = "softmax"
+
+    @property
+    def up(self) -> int:
+        """Columns of the gate/up projection."""
+        return self.I if self.activation == "relu2" else 2 * self.I
+
+
+def _deepseek(name: str, H: int, I: int, E: int, K: int, limit: float | None = 10.0) -> Model:
+    kind, scoring = ("swiglu_clamped", "sqrtsoftplus") if limit else ("swiglu", "sigmoid")
+    return Model(name, H, I, E, K, kind, limit=limit, placement="activation", scoring=scoring)
+
+
+_GPT_OSS = Model(
+    "gpt-oss-20b", 2880, 2880, 32, 4, "swiglu_oai", limit=7.0, transposed=True, interleaved=True, bias=True,
+    scoring="softmax_topk",
+)  # fmt: skip
+_LLAMA = Model("llama-4-maverick", 5120, 8192, 128, 1, transposed=True, placement="input", scoring="sigmoid")
+
+MODELS = (
+    _deepseek("deepseek-v3", 7168, 2048, 256, 8, limit=None),
+    _deepseek("deepseek-v4-flash", 4096, 2048, 256, 6),
+    _deepseek("deepseek-v4-pro", 7168, 3072, 384, 6),
+    _deepseek("deepseek-v4.1-flash", 5120, 2304, 384, 6),
+    Model("mixtral-8x7b", 4096, 14336, 8, 2),
+    Model("qwen3-30b-a3b", 2048, 768, 128, 8),
+    Model("qwen3-235b-a22b", 4096, 1536, 128, 8),
+    Model("qwen3-next-80b-a3b", 2048, 512, 512, 10),
+    Model("qwen3.5-35b-a3b", 2048, 512, 256, 8),
+    Model("qwen3.5-122b-a10b", 3072, 1024, 256, 8),
+    Model("qwen3.5-397b-a17b", 4096, 1024, 512, 10),
+    _GPT_OSS,
+    replace(_GPT_OSS, name="gpt-oss-120b", E=128),
+    Model("olmoe-1b-7b", 2048, 1024, 64, 8),
+    Model("glm-4.5", 5120, 1536, 160, 8, scoring="sigmoid"),
+    Model("glm-4.5-air", 4096, 1408, 128, 8, scoring="sigmoid"),
+    Model("glm-5", 6144, 2048, 256, 8, scoring="sigmoid"),
+    Model("kimi-k2", 7168, 2048, 384, 8, scoring="sigmoid"),
+    Model("kimi-k3", 3584, 3072, 896, 16, "softcapped", alpha=4.0, limit=25.0, scoring="sigmoid"),
+    Model("kimi-linear-48b", 2304, 1024, 256, 8, scoring="sigmoid"),
+    Model("minimax-m2", 3072, 1536, 256, 8, scoring="sigmoid"),
+    _LLAMA,
+    replace(_LLAMA, name="llama-4-scout", E=16),
+    Model("longcat-flash", 6144, 2048, 512, 12),
+    Model("ling-1t", 8192, 2048, 256, 8, scoring="sigmoid"),
+    # Nemotron-3's experts have one matrix and no gate; its widths are not known here, so these are Qwen3's.
+    Model("ungated", 2048, 768, 128, 8, "relu2"),
+)
+
+
+def op(name: str) -> Callable[..., Any]:
+    return getattr(importlib.import_module(f"polymoe.kernels.{name}"), name)
+
+
+def meta(*shape: int, dtype: torch.dtype) -> Tensor:
+    return torch.empty(*shape, dtype=dtype, device="meta")
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call of an op. flops and bytes: what it must compute, and must read or write, at least."""
+
+    op: str
+    model: str
+    T: int
+    run: Callable[[], Any]
+    flops: float
+    bytes: float
+
+
+def layer(model: Model, T: int, dtype: torch.dtype) -> Iterator[Call]:
+    """The forward of the layer, as one op and as the small ops that `experts` does not launch."""
+    yield _experts(model, T, dtype)
+    yield from _small(model, T, dtype)
+
+
+def _small(model: Model, T: int, dtype: torch.dtype) -> Iterator[Call]:
+    S, size = T * model.K, dtype.itemsize
+    yield Call(
+        "gate", model.name, T,
+        lambda: op("gate")(meta(T, model.E, dtype=dtype), model.K, model.scoring, meta(model.E, dtype=torch.float32),
+                           renormalize="add"),
+        0, T * model.E * size + S * 8,
+    )  # fmt: skip
+    h = meta(S, model.up, dtype=torch.float32)
+    yield Call(
+        "activate", model.name, T,
+        lambda: op("activate")(h, model.activation, model.alpha, model.limit, model.interleaved,
+                               meta(S, dtype=torch.int32), None, dtype),
+        0, S * (model.up * 4 + model.I * size),
+    )  # fmt: skip
+    x, slots = meta(T, model.H, dtype=dtype), meta(T, model.K, dtype=torch.int32)
+    yield Call(
+        "dispatch", model.name, T,
+        lambda: op("dispatch")(x, meta(S, dtype=torch.int32), slots, None),
+        0, (T + S) * model.H * size,
+    )  # fmt: skip
+
+
+def _experts(model: Model, T: int, dtype: torch.dtype) -> Call:
+    up, down = (model.E, model.up, model.H), (model.E, model.H, model.I)
+    if model.transposed:
+        up, down = (up[0], up[2], up[1]), (down[0], down[2], down[1])
+    S, size = T * model.K, dtype.itemsize
+
+    def run() -> Any:
+        biases = [meta(model.E, n, dtype=dtype) if model.bias else None for n in (model.up, model.H)]
+        return op("experts")(
+            meta(T, model.H, dtype=dtype),
+            meta(*up, dtype=dtype),
+            meta(*down, dtype=dtype),
+            meta(T, model.K, dtype=torch.float32),
+            meta(T, model.K, dtype=torch.int32),
+            model.activation,
+            model.alpha,
+            model.limit,
+            *biases,
+            model.transposed,
+            model.interleaved,
+            model.placement,
+        )
+
+    weights = min(model.E, S) * (model.up + model.I) * model.H
+    # Rows in and out, the activation and the float32 rows of the down product, both written and read.
+    rows = 2 * T * model.H * size + S * (2 * model.I * size + 2 * model.H * 4)
+    return Call("experts", model.name, T, run, 2.0 * S * (model.up + model.I) * model.H, weights * size + rows)
+
+
+def backward(model: Model, T: int, dtype: torch.dtype) -> Iterator[Call]:
+    """The other forms of grouped_mm: the gradients of the inputs and of the weights, and a batch of products."""
+    S, size = T * model.K, dtype.itemsize
+    offs = meta(model.E, dtype=torch.int32)
+    g, x = meta(S, model.up, dtype=dtype), meta(S, model.H, dtype=dtype)
+    w = meta(model.E, model.up, model.H, dtype=dtype)
+    flops = 2.0 * S * model.up * model.H
+    rows, weights = S * (model.up + model.H) * size, model.E * model.up * model.H * size
+    name = model.name
+    yield Call("grouped_mm dX", name, T, lambda: op("grouped_mm")(g, w, offs), flops, rows + weights)
+    yield Call("grouped_mm dW", name, T, lambda: op("grouped_mm")(g.mT, x, offs), flops, rows + weights)
+    yield Call("grouped_mm dX^T", name, T, lambda: op("grouped_mm")(w.mT, g.mT, offs), flops, rows + weights)
+    batch = meta(model.E, max(S // model.E, 1), model.H, dtype=dtype)
+    yield Call("grouped_mm batch", name, T, lambda: op("grouped_mm")(batch, w.mT), flops, rows + weights)
+
+
+# One model per activation, layout of the weights and placement of the routing weights.
+VARIETY = ("deepseek-v3", "deepseek-v4-flash", "gpt-oss-20b", "kimi-k3", "llama-4-scout", "ungated")
+LAYOUTS = ("deepseek-v4-flash", "gpt-oss-20b")
+COMPILED = {"bf16": tuple(model.name for model in MODELS), "f32": LAYOUTS, "tf32": LAYOUTS[:1], "f16": LAYOUTS[:1]}
+
+
+def calls(model: Model, T: int, arithmetic: str) -> list[Call]:
+    """What is compiled for a model. bf16 stands for the other arithmetics where only the model differs; small ops and
+    the forms of the backward are compiled for a small and a large batch."""
+    dtype = DTYPES[arithmetic]
+    if model.name not in COMPILED[arithmetic]:
+        return []
+    found = [_experts(model, T, dtype)]
+    if T in FEW_TOKENS and arithmetic in ("bf16", "f32"):
+        found += _small(model, T, dtype) if model.name in VARIETY else []
+        found += backward(model, T, dtype) if model.name in LAYOUTS else []
+    return found

@@ -1,0 +1,84 @@
+"""Launches depend on shapes alone: no kernel's wrapper reads what a tensor holds. So a GPU never waits for the host,
+and calls can be captured in a graph. Tensors without data prove it: whatever reads them raises."""
+
+import pytest
+import torch
+from triton.runtime.interpreter import InterpretedFunction
+
+from polymoe.backends.triton import KERNELS, TritonBackend
+
+BF16, F32, I32 = torch.bfloat16, torch.float32, torch.int32
+T, K, H, I, E = 700, 4, 96, 64, 16
+S = T * K
+
+
+def empty(*shape, dtype=BF16):
+    return torch.empty(*shape, dtype=dtype, device="meta")
+
+
+def plan_of():
+    return empty(S, dtype=I32), empty(T, K, dtype=I32)
+
+
+def calls(op):
+    """Arguments of calls that take every path of the wrapper."""
+    row_slot, slot_row = plan_of()
+    weights, ids = empty(T, K, dtype=F32), empty(T, K, dtype=I32)
+    offs = empty(E, dtype=I32)
+    logits, bias = empty(T, E, dtype=F32), empty(E, dtype=F32)
+    return {
+        "activate": [(empty(S, 2 * I), "swiglu", None, None, True, row_slot, weights, F32), (empty(S, I), "relu2")],
+        "combine": [(empty(S, H), slot_row), (empty(S, H), slot_row, weights, F32)],
+        "dispatch": [(empty(T, H), row_slot, slot_row), (empty(T, H), row_slot, slot_row, weights)],
+        "experts": [
+            (empty(T, H), empty(E, 2 * I, H), empty(E, H, I), weights, ids),
+            (empty(1, H), empty(E, 2 * I, H), empty(E, H, I), weights[:1], ids[:1]),
+        ],
+        "gate": [
+            (logits, K, "sigmoid", bias, 4, 2, 2, "add"),
+            (logits, K, "softmax", None, 1, 1, 2, "max", 1e-20, 1.0, ids, empty(T, dtype=torch.bool)),
+        ],
+        "grouped_mm": [
+            (empty(S, H), empty(E, H, I), offs),
+            (empty(E, T, H), empty(H, S), offs),
+            (empty(H, S), empty(S, I), offs),
+            (empty(E, T, H), empty(E, H, I)),
+        ],
+        "plan": [(ids, E), (ids[:2], E), (empty(T, K, dtype=torch.int64), 5000)],
+    }[op]
+
+
+@pytest.fixture
+def launches(monkeypatch):
+    """Launches are listed instead of run."""
+    grids = []
+    monkeypatch.setattr(InterpretedFunction, "run", lambda self, *args, grid, warmup, **options: grids.append(grid))
+    return grids
+
+
+@pytest.mark.parametrize("op", KERNELS)
+def test_launches_depend_on_shapes_alone(op, launches):
+    for arguments in calls(op):
+        launches.clear()
+        results = TritonBackend().implementation(op)(*arguments)
+        assert launches
+        assert all(isinstance(size, int) and size > 0 for grid in launches for size in grid)
+        for result in results if isinstance(results, tuple) else (results,):
+            assert result.is_meta
+
+
+@pytest.mark.parametrize(
+    "read",
+    [
+        lambda t: t.sum().item(),
+        lambda t: t.tolist(),
+        lambda t: t.cpu(),
+        lambda t: t.nonzero(),
+        lambda t: bool(t.any()),
+        lambda t: t[t > 0],
+    ],
+    ids=["item", "tolist", "cpu", "nonzero", "bool", "mask"],
+)
+def test_reading_raises(read):
+    with pytest.raises((RuntimeError, NotImplementedError)):
+        read(empty(4, dtype=I32))
