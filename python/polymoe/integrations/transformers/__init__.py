@@ -1,0 +1,146 @@
+"""The experts implementation "polymoe" for Hugging Face Transformers.
+
+Importing this module registers it; then any model whose experts class carries `@use_experts_implementation` takes it:
+
+    import polymoe.integrations.transformers
+    model = AutoModelForCausalLM.from_pretrained(name, experts_implementation="polymoe")  # or
+    model.set_experts_implementation("polymoe")
+
+A model may put code of its own between its two projections, in `_apply_gate`. A gate that is known, by the identity of
+that function and of the activation it calls, runs fused in `polymoe.experts`. Every other one, and a norm behind the
+experts, runs un-fused: polymoe's plan, dispatch, grouped_mm and combine around the model's own code.
+`polymoe.explain(model)` tells which and why. Autocast changes nothing here, as it does not in Transformers' own
+"grouped_mm": the weights' dtype decides. Written against Transformers 5.23.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import NoReturn
+
+import torch
+from torch import Tensor, nn
+from transformers.integrations.moe import ExpertsInterface
+
+from polymoe import ops
+from polymoe.hal.explain import Explanation, explain, register_module_hook
+from polymoe.integrations.transformers._gates import ExpertsModule, Fused, fused
+
+__all__ = ["experts_forward"]
+
+_SHARDED: tuple[type, ...] = ()
+if torch.distributed.is_available():
+    from torch.distributed.tensor import DTensor
+
+    _SHARDED = (DTensor,)
+
+
+def _projection(module: ExpertsModule, which: str) -> tuple[Tensor, Tensor | None]:
+    """Weights and, if the module has them, biases of its "up" (with the gate, if there is one) or "down" projection."""
+    name = "gate_up_proj" if which == "up" and getattr(module, "has_gate", True) else f"{which}_proj"
+    bias = getattr(module, f"{name}_bias") if getattr(module, "has_bias", False) else None
+    weight: Tensor = getattr(module, name)
+    if isinstance(weight, _SHARDED):
+        _fail(name, "a plain tensor, such as FSDP2 and Transformers' parallel plans leave inside forward", type(weight))
+    if weight.shape[0] != module.num_experts:
+        _fail(name, f"the weights of num_experts = {module.num_experts} experts", tuple(weight.shape))
+    return weight, bias
+
+
+def _how(module: ExpertsModule, up: Tensor, down: Tensor) -> Fused | str:
+    return fused(module) if up.dtype == down.dtype else f"the projections are {up.dtype} and {down.dtype}"
+
+
+def _fail(argument: str, expected: str, got: object) -> NoReturn:
+    raise ValueError(f"polymoe for Transformers: {argument}: expected {expected}, got {got}")
+
+
+@register_module_hook
+def _explain(module: nn.Module) -> Explanation | None:
+    """For `polymoe.explain`: how an experts module whose model selected "polymoe" runs."""
+    config = getattr(module, "config", None)
+    if not hasattr(module, "_is_expert_parallel") or getattr(config, "_experts_implementation", None) != "polymoe":
+        return None
+    up, down = _projection(module, "up")[0], _projection(module, "down")[0]
+    transposed = module.is_transposed
+    x = up.new_empty(0, up.shape[1 if transposed else 2])
+    how = _how(module, up, down)
+    if isinstance(how, str):
+        found = explain("grouped_mm", x, up if transposed else up.mT)
+        note = f"un-fused, around the model's own code: {how}"
+    else:
+        found = explain("experts", x, up, down, activation=how.kind, transposed=transposed)
+        note = f"fused: {how.kind}"
+    return replace(found, notes=(note, *found.notes))
+
+
+def experts_forward(self: ExpertsModule, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+    """What Transformers calls as an experts module's forward.
+
+    Args:
+        hidden_states: [T, H]; cast to the weights' dtype if it differs.
+        top_k_index: [T, K] int32 or int64. Ids outside [0, num_experts) are skipped: the sentinels of expert
+            parallelism, whatever their weights.
+        top_k_weights: [T, K]; taken as they come in float32 or the weights' dtype, cast to float32 otherwise.
+
+    Returns:
+        [T, H] of hidden_states' dtype.
+
+    Raises:
+        ValueError: the module's weights are DTensors or not those of its num_experts; any other shape, dtype or device.
+    """
+    (up, up_bias), (down, down_bias) = _projection(self, "up"), _projection(self, "down")
+    x = _cast(hidden_states, up.dtype)
+    how = _how(self, up, down)
+    if isinstance(how, str):
+        out = _unfused(self, x, top_k_index, top_k_weights, up, down, up_bias, down_bias)
+    else:
+        out = ops.experts(
+            x,
+            up,
+            down,
+            _routing_weights(top_k_weights, x.dtype),
+            top_k_index,
+            how.kind,
+            how.alpha,
+            how.limit,
+            up_bias,
+            down_bias,
+            getattr(self, "is_transposed", False),
+            how.interleaved,
+        )
+    return _cast(out, hidden_states.dtype)
+
+
+def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    return tensor if tensor.dtype == dtype else tensor.to(dtype)  # a microsecond less than to() that does nothing
+
+
+def _routing_weights(weights: Tensor, dtype: torch.dtype) -> Tensor:
+    return weights if weights.dtype in (torch.float32, dtype) else weights.float()
+
+
+def _unfused(
+    self: ExpertsModule,
+    x: Tensor,
+    ids: Tensor,
+    weights: Tensor,
+    up: Tensor,
+    down: Tensor,
+    up_bias: Tensor | None,
+    down_bias: Tensor | None,
+) -> Tensor:
+    """The model's own code between polymoe's ops. Rows behind the last expert's (skipped slots) stay out of the sum."""
+    if not getattr(self, "is_transposed", False):
+        up, down = up.mT, down.mT
+    plan = ops.plan(ids, up.shape[0])
+    ends = plan.offsets[1:]
+    h = ops.grouped_mm(ops.dispatch(x, plan), up, ends, up_bias)
+    a = self._apply_gate(h) if getattr(self, "has_gate", True) else self.act_fn(h)
+    y = ops.grouped_mm(_cast(a, down.dtype), down, ends, down_bias)
+    if getattr(self, "has_post_expert_norm", False):
+        y = self.post_expert_norm(y)
+    return ops.combine(y, plan, _routing_weights(weights, y.dtype))
+
+
+ExpertsInterface.register("polymoe", experts_forward)

@@ -1,0 +1,515 @@
+"""What Transformers may hand an experts implementation: every flag, sentinel, stride, dtype, device and gate."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import math
+from collections.abc import Callable, Iterator
+from itertools import product
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from benchmarks import bench_adapter
+from experts_modules import (
+    EXPERTS,
+    HIDDEN,
+    INTERMEDIATE,
+    batch,
+    fill,
+    float32_bound,
+    float64_experts,
+    watch_experts,
+)
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+from torch.nn.utils import parametrize
+from transformers.activations import ACT2FN, SiLUActivation
+from transformers.integrations.moe import use_experts_implementation
+from transformers.models.deepseek_v4.modeling_deepseek_v4 import DeepseekV4Experts
+from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
+from transformers.models.inkling2.modeling_inkling2 import Inkling2Experts
+
+import polymoe
+from polymoe.integrations.transformers import experts_forward
+from polymoe.testing.tolerances import assert_same_bits, relative_frobenius
+
+
+@pytest.fixture(autouse=True)
+def seeded(seed: int) -> None:
+    torch.manual_seed(seed)
+
+
+@pytest.fixture
+def fused_calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    return watch_experts(monkeypatch)
+
+
+def config(implementation: str = "polymoe") -> SimpleNamespace:
+    return SimpleNamespace(
+        num_local_experts=EXPERTS,
+        n_routed_experts=EXPERTS,
+        hidden_size=HIDDEN,
+        intermediate_size=INTERMEDIATE,
+        moe_intermediate_size=INTERMEDIATE,
+        hidden_act="silu",
+        swiglu_limit=0.5,
+        mlp_gate_softcap=1.5,
+        mlp_up_softcap=0.8,
+        _experts_implementation=implementation,
+    )
+
+
+class Norm(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(HIDDEN))
+
+    def forward(self, y: Tensor) -> Tensor:
+        return self.weight * y * (y.square().mean(-1, keepdim=True) + 1e-6).rsqrt()
+
+
+def experts_class(
+    has_gate: bool = True,
+    has_bias: bool = False,
+    is_transposed: bool = False,
+    is_concatenated: bool = True,
+    has_post_expert_norm: bool = False,
+) -> type[nn.Module]:
+    """An experts class with these flags, and gpt-oss's gate where the halves are interleaved."""
+    shape = (lambda n, d: (EXPERTS, d, n)) if is_transposed else (lambda n, d: (EXPERTS, n, d))
+    up, width = ("gate_up_proj", 2 * INTERMEDIATE) if has_gate else ("up_proj", INTERMEDIATE)
+
+    class Experts(nn.Module):
+        def __init__(self, config: SimpleNamespace) -> None:
+            super().__init__()
+            self.num_experts = EXPERTS
+            self.act_fn = ACT2FN[config.hidden_act]
+            self.alpha, self.limit = 1.4, config.swiglu_limit
+            self.register_parameter(up, nn.Parameter(torch.empty(shape(width, HIDDEN))))
+            self.down_proj = nn.Parameter(torch.empty(shape(HIDDEN, INTERMEDIATE)))
+            if has_bias:
+                self.register_parameter(f"{up}_bias", nn.Parameter(torch.empty(EXPERTS, width)))
+                self.down_proj_bias = nn.Parameter(torch.empty(EXPERTS, HIDDEN))
+            if has_post_expert_norm:
+                self.post_expert_norm = Norm()
+
+        def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+            return float64_experts(self, hidden_states, top_k_index, top_k_weights)
+
+        if not is_concatenated:
+            _apply_gate = GptOssExperts._apply_gate
+
+    return use_experts_implementation(
+        Experts,
+        has_gate=has_gate,
+        has_bias=has_bias,
+        is_transposed=is_transposed,
+        is_concatenated=is_concatenated,
+        has_post_expert_norm=has_post_expert_norm,
+    )
+
+
+def plain(**flags: bool) -> nn.Module:
+    return fill(experts_class(**flags)(config()))
+
+
+def through(module: nn.Module, implementation: str, *inputs: Tensor) -> Tensor:
+    """Of an implementation that Transformers registers; "eager" is the truth here."""
+    module.config = config(implementation)
+    try:
+        return module(*inputs)
+    finally:
+        module.config = config()
+
+
+def assert_right(module: nn.Module, *inputs: Tensor) -> Tensor:
+    """The result, close to the module's own code in float64."""
+    ours = experts_forward(module, *inputs)
+    assert relative_frobenius(ours, float64_experts(module, *inputs)) <= float32_bound()
+    return ours
+
+
+# --- flags and sentinels --------------------------------------------------------------------------------------------
+
+FLAGS = [
+    {"has_bias": bias, "is_transposed": transposed, "has_post_expert_norm": norm} | gate
+    for bias, transposed, norm in product((False, True), repeat=3)
+    for gate in ({}, {"is_concatenated": False}, {"has_gate": False})
+]
+
+
+def named(flags: dict[str, bool]) -> str:
+    """By those that are not as in most models."""
+    usual = ("has_gate", "is_concatenated")
+    return "-".join(name for name, value in flags.items() if value != (name in usual)) or "plain"
+
+
+@pytest.mark.parametrize("flags", FLAGS, ids=named)
+def test_flags(flags: dict[str, bool], fused_calls: list[int]) -> None:
+    module = plain(**flags)
+    x, ids, weights = batch(37)
+    ours = assert_right(module, x, ids, weights)
+    for implementation in ("grouped_mm", "batched_mm"):
+        theirs = through(module, implementation, x, ids, weights)
+        assert relative_frobenius(ours, theirs) <= 2 * float32_bound()
+    assert len(fused_calls) == (not flags["has_post_expert_norm"])
+    assert assert_same_bits(experts_forward(module, x, ids.int(), weights), ours, "int32 ids") is None
+    assert experts_forward(module, x[:0], ids[:0], weights[:0]).shape == (0, HIDDEN)
+
+
+@pytest.mark.parametrize("flags", FLAGS, ids=named)
+def test_sentinels(flags: dict[str, bool]) -> None:
+    """Slots of other ranks' experts add nothing, whatever their weights; tokens without any slot here are zero."""
+    module = plain(**flags)
+    module._is_expert_parallel = True
+    x, ids, weights = batch(37)
+    off_rank = torch.rand(ids.shape) < 0.4
+    off_rank[3:6] = True
+    ids = ids.masked_fill(off_rank, EXPERTS).masked_fill(off_rank & (torch.rand(ids.shape) < 0.3), EXPERTS + 5)
+    masked = weights.masked_fill(off_rank, 0)
+    ours = assert_right(module, x, ids, masked)
+    assert not ours[3:6].any()
+    assert relative_frobenius(ours, through(module, "grouped_mm", x, ids, masked)) <= 2 * float32_bound()
+    assert_same_bits(experts_forward(module, x, ids, weights), ours, "with weights")
+    assert_same_bits(experts_forward(module, x, ids, weights.masked_fill(off_rank, math.nan)), ours, "with NaN")
+    nobody = torch.full_like(ids, EXPERTS)
+    assert not experts_forward(module, x, nobody, weights).any()
+
+
+# --- strides, dtypes, devices ---------------------------------------------------------------------------------------
+
+
+def expanded(weight: Tensor) -> Tensor:
+    return weight[:1].expand_as(weight)
+
+
+def transposed(weight: Tensor) -> Tensor:
+    return weight.mT.contiguous().mT
+
+
+def sliced(weight: Tensor) -> Tensor:
+    E, N, D = weight.shape
+    whole = torch.full((E + 2, N + 3, 2 * D + 5), math.nan)
+    part = whole[1:-1, 2:-1, 3 : 2 * D + 3 : 2]
+    part.copy_(weight)
+    return part
+
+
+@pytest.mark.parametrize("view", [expanded, transposed, sliced])
+@pytest.mark.parametrize("norm", [False, True], ids=["fused", "unfused"])
+def test_weights_of_any_stride(view: Callable[[Tensor], Tensor], norm: bool) -> None:
+    module = plain(has_post_expert_norm=norm)
+    for name in ("gate_up_proj", "down_proj"):
+        viewed = view(getattr(module, name))
+        setattr(module, name, nn.Parameter(viewed, requires_grad=False))
+        assert getattr(module, name).stride() == viewed.stride()
+    assert_right(module, *batch(37))
+
+
+@pytest.mark.parametrize("norm", [False, True], ids=["fused", "unfused"])
+def test_inputs_of_any_stride(norm: bool) -> None:
+    module, inputs = plain(has_post_expert_norm=norm), batch(37)
+    viewed = [t.repeat_interleave(2, 1)[:, ::2] for t in inputs]
+    assert not any(t.is_contiguous() for t in viewed)
+    assert_same_bits(experts_forward(module, *viewed), experts_forward(module, *inputs), "views")
+
+
+def test_parametrized_weights() -> None:
+    """As adapters of fine-tuning change them: the class of the module is another one, and what is read is computed."""
+
+    class Plus(nn.Module):
+        def forward(self, weight: Tensor) -> Tensor:
+            return weight + 0.1
+
+    module, inputs = plain(), batch(37)
+    before = experts_forward(module, *inputs)
+    parametrize.register_parametrization(module, "down_proj", Plus())
+    assert relative_frobenius(assert_right(module, *inputs), before) > 0.01
+
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+@pytest.mark.parametrize("autocast", [None, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("weights_dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("x_dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("flags", [{}, {"has_bias": True, "has_post_expert_norm": True}], ids=["fused", "unfused"])
+def test_dtypes_are_those_of_grouped_mm(
+    flags: dict[str, bool], x_dtype: torch.dtype, weights_dtype: torch.dtype, autocast: torch.dtype | None
+) -> None:
+    """The weights' dtype decides what is computed, autocast or not, and hidden_states' dtype what is returned."""
+    module = plain(**flags)
+    x, ids, weights = batch(128)
+    x = x.to(x_dtype)
+    truth = float64_experts(module.to(weights_dtype), x.double(), ids, weights)
+    with torch.autocast("cpu", autocast or torch.bfloat16, enabled=autocast is not None):
+        for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
+            ours = experts_forward(module, x, ids, weights.to(dtype))
+            theirs = through(module, "grouped_mm", x, ids, weights.to(dtype))
+            assert ours.dtype == theirs.dtype == x_dtype
+            limit = 1.05 * relative_frobenius(theirs, truth) + float32_bound()
+            assert relative_frobenius(ours, truth) <= limit, dtype
+
+
+def test_projections_of_two_dtypes() -> None:
+    module, inputs = plain(), batch(37)
+    module.down_proj = nn.Parameter(module.down_proj.double(), requires_grad=False)
+    assert_right(module, *inputs)
+    (explanation,) = polymoe.explain(module).modules.values()
+    assert "the projections are torch.float32 and torch.float64" in explanation.notes[0]
+
+
+@pytest.mark.parametrize("flags", FLAGS, ids=named)
+def test_meta_device(flags: dict[str, bool]) -> None:
+    module = plain(**flags).to("meta")
+    for tokens in (0, 5):
+        x, ids, weights = (t.to("meta") for t in batch(tokens))
+        out = experts_forward(module, x, ids, weights)
+        assert (out.device.type, out.shape, out.dtype) == ("meta", x.shape, x.dtype)
+    assert len(polymoe.explain(module).modules) == 1
+
+
+@pytest.fixture
+def mesh() -> Iterator[DeviceMesh]:
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    yield init_device_mesh("cpu", (1,))
+    torch.distributed.destroy_process_group()
+
+
+def test_sharded_weights(mesh: DeviceMesh) -> None:
+    """FSDP2 unshards them for the forward. Whoever does not gets an error, as from Transformers' own code."""
+    module, inputs = plain(), batch(9)
+    expected = experts_forward(module, *inputs)
+    wrapped = fully_shard(copy.deepcopy(module), mesh=mesh)
+    assert isinstance(wrapped.gate_up_proj, torch.distributed.tensor.DTensor)
+    assert_same_bits(wrapped(*inputs), expected, "FSDP2")
+    for placement in (Shard(0), Shard(1), Replicate()):
+        module.down_proj = nn.Parameter(distribute_tensor(module.down_proj.data, mesh, [placement]))
+        with pytest.raises(ValueError, match=r"down_proj: expected a plain tensor.*got <class .*DTensor"):
+            experts_forward(module, *inputs)
+        module.down_proj = nn.Parameter(module.down_proj.to_local().detach())
+
+
+def test_another_number_of_experts_is_refused() -> None:
+    module, inputs = plain(), batch(9)
+    module.num_experts = EXPERTS // 2
+    with pytest.raises(ValueError, match=rf"gate_up_proj: expected .* num_experts = 4 experts, got \({EXPERTS}, "):
+        experts_forward(module, *inputs)
+
+
+# --- gates that are not what they were ------------------------------------------------------------------------------
+
+gate_of_v4 = DeepseekV4Experts._apply_gate
+
+
+def halved(self: Any, gate_up: Tensor) -> Tensor:
+    return gate_of_v4(self, gate_up) * 0.5
+
+
+class Doubled:
+    """A callable that cannot be hashed; as an attribute of a class it gets no self."""
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def __eq__(self, other: object) -> bool:
+        return True
+
+    def __call__(self, gate_up: Tensor) -> Tensor:
+        return gate_up.chunk(2, dim=-1)[0] * 2
+
+
+GATES: dict[str, Callable[[], Any]] = {
+    "function": lambda: halved,
+    "wraps": lambda: functools.wraps(gate_of_v4)(halved),
+    "partial": lambda: functools.partial(torch.narrow, dim=1, start=0, length=INTERMEDIATE),
+    "staticmethod": lambda: staticmethod(Doubled()),
+    "object": lambda: Doubled(),
+    "compiled": lambda: torch.compile(halved, backend="eager"),
+    "method": lambda: functools.partialmethod(halved),
+}
+
+
+def v4() -> nn.Module:
+    return fill(DeepseekV4Experts(config()))
+
+
+@pytest.mark.parametrize("first", [False, True], ids=["before the first call", "after the first call"])
+@pytest.mark.parametrize("where", ["class", "subclass", "instance"])
+@pytest.mark.parametrize("name", GATES)
+def test_a_gate_of_one_s_own_runs_unfused(
+    name: str, where: str, first: bool, fused_calls: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever it claims to be: wraps() gives it the name and the module of the known gate."""
+    gate, inputs, module = GATES[name](), batch(37), v4()
+    plain_result = experts_forward(module, *inputs) if first else None
+    if where == "class":
+        monkeypatch.setattr(DeepseekV4Experts, "_apply_gate", gate)
+    elif where == "subclass":
+        module.__class__ = type("Changed", (DeepseekV4Experts,), {"_apply_gate": gate})
+    else:
+        bound = gate.__get__(module) if hasattr(gate, "__get__") else gate
+        module.__dict__["_apply_gate"] = bound
+    changed = assert_right(module, *inputs)
+    assert len(fused_calls) == first
+    if plain_result is not None:
+        assert relative_frobenius(changed, plain_result) > 0.05
+    assert polymoe.explain(module).modules[""].notes[0].startswith("un-fused")
+
+
+def test_an_activation_that_was_changed_is_noticed(fused_calls: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    inputs = batch(37)
+    module = v4()
+    before = assert_right(module, *inputs)
+    assert len(fused_calls) == 1
+
+    def check() -> None:
+        assert relative_frobenius(assert_right(module, *inputs), before) > 0.01
+        assert len(fused_calls) == 1
+
+    with monkeypatch.context() as patch:
+        patch.setattr(SiLUActivation, "forward", lambda self, x: x.tanh())
+        check()
+    with monkeypatch.context() as patch:
+        patch.setattr(module.act_fn, "forward", torch.tanh, raising=False)
+        check()
+    del module.act_fn
+    module.act_fn = torch.tanh  # no module
+    check()
+    module.act_fn = functools.partial(torch.clamp, max=0.1)
+    check()
+    module.act_fn = torch.compile(ACT2FN["tanh"], backend="eager")
+    check()
+    module.act_fn = ACT2FN["silu"]
+    assert_same_bits(experts_forward(module, *inputs), before, "as before")
+    assert len(fused_calls) == 2
+
+
+def test_parts_of_an_activation_are_looked_at(fused_calls: list[int]) -> None:
+    inputs = batch(37)
+    module = fill(Inkling2Experts(config()))
+    before = assert_right(module, *inputs)
+    assert len(fused_calls) == 1
+    hook = module.act_fn.up_softcap.register_forward_hook(lambda _, args, out: 2 * out)
+    assert relative_frobenius(assert_right(module, *inputs), before) > 0.01
+    hook.remove()
+    module.act_fn.up_softcap = nn.Hardtanh()
+    assert relative_frobenius(assert_right(module, *inputs), before) > 0.01
+    assert len(fused_calls) == 1
+
+
+def test_a_known_activation_that_computes_something_else_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Recognised by every name, but its arithmetic is not that of the kind."""
+    monkeypatch.setattr(SiLUActivation, "forward", lambda self, x: x * torch.sigmoid(1.001 * x))
+    module = v4()
+    assert_right(module, *batch(37))
+    assert "does not compute swiglu_clamped" in polymoe.explain(module).modules[""].notes[0]
+
+
+LIMITS: dict[str, tuple[Any, str]] = {
+    "changed": (0.9, "fused: swiglu_clamped"),
+    "integer": (1, "fused: swiglu_clamped"),
+    "infinite": (math.inf, "fused: swiglu"),
+    "zero": (0.0, "un-fused"),
+    "negative": (-0.2, "un-fused"),
+    "nan": (math.nan, "un-fused"),
+    "tensor": (torch.tensor(0.9), "un-fused"),
+    "parameter": (nn.Parameter(torch.tensor(0.9), requires_grad=False), "un-fused"),
+    "of each column": (torch.linspace(0.1, 0.9, INTERMEDIATE), "un-fused"),
+}
+
+
+@pytest.mark.parametrize("name", LIMITS)
+def test_limits_are_read_where_the_gate_reads_them(name: str) -> None:
+    module, inputs = v4(), batch(37)
+    before = assert_right(module, *inputs)
+    module.config.swiglu_limit = 0.1  # the gate reads its own copy
+    assert_same_bits(experts_forward(module, *inputs), before, "config")
+    value, expected = LIMITS[name]
+    module.limit = value if not isinstance(value, nn.Parameter) else None
+    if isinstance(value, nn.Parameter):
+        del module.limit
+        module.register_parameter("limit", value)
+    if name == "nan":
+        assert experts_forward(module, *inputs).isnan().all()
+    elif name == "zero":
+        assert not experts_forward(module, *inputs).any()
+    else:
+        assert relative_frobenius(assert_right(module, *inputs), before) > 0.01
+    note = polymoe.explain(module).modules[""].notes[0]
+    assert note == expected or (expected == "un-fused" and note.startswith(expected))
+
+
+# --- torch.compile --------------------------------------------------------------------------------------------------
+
+
+def shifted(self: Any, gate_up: Tensor) -> Tensor:
+    return gate_of_v4(self, gate_up + 1)
+
+
+def test_changes_after_compiling_are_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All but hooks, which torch.compile assumes to be there before it runs (torch._dynamo.config)."""
+    torch._dynamo.reset()
+    module, inputs = v4(), batch(37)
+    compiled = torch.compile(module, fullgraph=True, backend="eager")
+    before = compiled(*inputs)
+    assert_same_bits(before, experts_forward(module, *inputs), "known")
+
+    def check() -> None:
+        ours = compiled(*inputs)
+        assert relative_frobenius(ours, before) > 0.01
+        assert_same_bits(ours, assert_right(module, *inputs), "changed")
+
+    module.limit = 0.9
+    check()
+    module.limit = math.inf
+    check()
+    module.limit = 0.5
+    module.act_fn.forward = torch.tanh
+    check()
+    module.act_fn = ACT2FN["gelu"]
+    check()
+    module.act_fn = ACT2FN["silu"]
+    with monkeypatch.context() as patch:
+        patch.setattr(DeepseekV4Experts, "_apply_gate", shifted)
+        check()
+    module._apply_gate = functools.partial(shifted, module)
+    check()
+    del module._apply_gate
+    assert_same_bits(compiled(*inputs), before, "as before")
+
+
+@pytest.mark.parametrize("flags", FLAGS, ids=named)
+def test_flags_compile(flags: dict[str, bool]) -> None:
+    torch._dynamo.reset()
+    module, inputs = plain(**flags), batch(9)
+    compiled = torch.compile(module, fullgraph=True, backend="eager")
+    assert_same_bits(compiled(*inputs), experts_forward(module, *inputs), "compiled")
+
+
+# --- cost -----------------------------------------------------------------------------------------------------------
+
+
+def test_the_benchmark_judges(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    assert bench_adapter.main(["--quick"]) == 0
+    monkeypatch.setattr(bench_adapter, "LIMIT", -1.0)
+    monkeypatch.setattr(bench_adapter, "layers", lambda: [bench_adapter.unfused("own", bench_adapter.OwnGate)])
+    assert bench_adapter.main(["--quick", "--check"]) == 1
+    assert "| own | un-fused | " in capsys.readouterr().out
+
+
+# --- training -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("norm", [False, True], ids=["fused", "unfused"])
+@pytest.mark.parametrize("wanted", ["hidden_states", "top_k_weights", "gate_up_proj", "down_proj"])
+def test_backward_is_refused_by_the_op(wanted: str, norm: bool) -> None:
+    module, (x, ids, weights) = plain(has_post_expert_norm=norm), batch(9)
+    {"hidden_states": x, "top_k_weights": weights, **dict(module.named_parameters())}[wanted].requires_grad_()
+    out = experts_forward(module, x, ids, weights)
+    with pytest.raises(NotImplementedError, match=r"polymoe\.(experts|combine): backward is not implemented yet"):
+        out.sum().backward()
