@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import re
+import runpy
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 SNIPPETS = re.findall(r"^```python\n(.*?)^```", (ROOT / "README.md").read_text(), re.MULTILINE | re.DOTALL)
@@ -30,6 +32,52 @@ def test_readme_snippet(number: int) -> None:
 
 def test_functional_ops() -> None:
     assert "experts equals its parts to the bit: True" in run("examples/functional_ops.py")
+
+
+def test_new_backend() -> None:
+    out = run("examples/new_backend.py")
+    assert "backend: sparse (explicit argument); neither deterministic nor batch-invariant" in out
+    assert "got 'sparse': its matrices are float32, not torch.bfloat16" in out
+    assert float(re.search(r"largest difference from the usual combine: (\S+)", out)[1]) < ROUNDING
+    assert re.search(r"conformance: \d+ float32 cases of combine are right", out)
+
+
+# Sums of up to 256 terms in another order are off by some sqrt(256) roundings, in each of two matmuls of two layers.
+ROUNDING = 64 * torch.finfo(torch.float32).eps
+
+
+def check_dropin(out: str) -> None:
+    assert float(re.search(r"logits, float32: relative difference (\S+)", out)[1]) < ROUNDING
+    assert re.search(r"^model\.layers\.0\b", out, re.MULTILINE)
+    assert "polymoe.experts on cpu, float32" in out
+
+
+def test_transformers_dropin() -> None:
+    out = run("examples/transformers_dropin.py")
+    check_dropin(out)
+    assert "greedy generation, 16 tokens: the same" in out
+
+
+def test_transformers_dropin_from_a_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import MixtralConfig, MixtralForCausalLM, PreTrainedTokenizerFast
+
+    words = {word: i for i, word in enumerate(["[UNK]", "let", "there", "be", "light"])}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="[UNK]").save_pretrained(tmp_path)
+    sizes = {"vocab_size": 5, "hidden_size": 32, "intermediate_size": 24, "num_hidden_layers": 1}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "eos_token_id": None, "bos_token_id": None}
+    MixtralForCausalLM(MixtralConfig(**sizes, **heads)).save_pretrained(tmp_path)
+    example = str(ROOT / "examples" / "transformers_dropin.py")
+    monkeypatch.setattr(sys, "argv", [example, str(tmp_path), "let there be light"])
+    with pytest.raises(SystemExit, match="0"):
+        runpy.run_path(example, run_name="__main__")
+    out = capsys.readouterr().out
+    check_dropin(out)
+    assert "prefill of 4:" in out
 
 
 def test_demo_at_its_smallest() -> None:

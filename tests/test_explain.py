@@ -2,14 +2,27 @@
 
 from __future__ import annotations
 
+import sys
+from typing import Any
+
 import pytest
 import torch
+import zoo
 from torch import nn
 
-import polymoe
+import polymoe.integrations.explain
+import polymoe.integrations.transformers
 from polymoe.backends._extension import extension
 from polymoe.hal import explain as explain_module
-from polymoe.hal.explain import Explanation, ModuleExplanation, explain, register_module_hook
+from polymoe.hal.explain import (
+    Explanation,
+    ModuleExplanation,
+    by_layer,
+    explain,
+    register_model_hook,
+    register_module_hook,
+)
+from polymoe.integrations.routers import use_polymoe_routers
 
 T, H, I, E, K = 3, 8, 4, 5, 2
 
@@ -130,5 +143,113 @@ def test_modules(monkeypatch: pytest.MonkeyPatch) -> None:
     assert isinstance(found, ModuleExplanation)
     assert list(found.modules) == ["0", "2", "3"]
     assert found.modules["3"].dtype == torch.bfloat16
-    assert str(found) == f"0 and 1 alike, to 2:\n{found.modules['0']}\n3:\n{found.modules['3']}"
+    texts = [str(found.modules[name]).replace("\n", "\n  ") for name in ("0", "3")]
+    assert str(found) == f"0,2:\n  {texts[0]}\n3:\n  {texts[1]}"
+    assert str(explain(model[0])).startswith("the module itself:\n  polymoe.experts on cpu, float32\n")
     assert str(explain(nn.Linear(2, 2))) == "no module that polymoe runs"
+
+
+def test_surroundings(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(explain_module, "_module_hooks", [])
+    monkeypatch.setattr(explain_module, "_model_hooks", [])
+
+    @register_model_hook
+    def routers(model: nn.Module) -> dict[str, Explanation | str]:
+        gate = explain("gate", torch.ones(T, E), K)
+        return {f"layers.{i}.{part}": "left alone\nfor a reason" for i in (10, 2, 1) for part in ("gate", "mlp")} | {
+            "layers.9.gate": gate
+        }
+
+    found = explain(nn.Linear(2, 2))
+    assert list(found.modules) == ["layers.9.gate"]
+    assert found.others["layers.10.mlp"] == "left alone\nfor a reason"
+    alone = "left alone\n  for a reason"
+    assert str(found).startswith(
+        f"layers.1-2,10:\n  gate: {alone}\n  mlp: {alone}\nlayers.9:\n  gate: polymoe.gate on cpu"
+    )
+
+
+def test_layers_alike_are_one_line() -> None:
+    texts = {f"a.layers.{i}.mlp": "x" for i in (0, 1, 2, 5, 7, 8)} | {"a.layers.3.mlp": "y", "b.layers.4.mlp": "x"}
+    texts |= {"a.layers.6.moe": "x", "whole": "x", "layers.0.1": "x", "layers.0.2": "x"}
+    assert by_layer(texts) == [
+        ("a.layers.0-2,5,7-8.mlp", "x"),
+        ("a.layers.3.mlp", "y"),
+        ("b.layers.4.mlp", "x"),
+        ("a.layers.6.moe", "x"),
+        ("whole", "x"),
+        ("layers.0.1-2", "x"),
+    ]
+
+
+# --- models of Transformers -------------------------------------------------------------------------------------------
+
+
+def test_a_model_whose_experts_are_transformers_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The user need not have imported an integration for its advice."""
+    monkeypatch.setattr(explain_module, "_model_hooks", [])
+    monkeypatch.delitem(sys.modules, "polymoe.integrations.explain")
+    assert str(explain(zoo.tiny_model("mixtral"))) == (
+        "model.layers.0-3.mlp:\n"
+        '  experts: Transformers\' "grouped_mm"; import polymoe.integrations.transformers, then '
+        'model.set_experts_implementation("polymoe"), to run them in polymoe\n'
+        "  gate: the model's own; polymoe.integrations.routers.use_polymoe_routers(model) makes it one call of "
+        "polymoe.gate: softmax, top 3, renormalised"
+    )
+
+
+def ready(family: str) -> Any:
+
+    model = zoo.tiny_model(family)
+    model.set_experts_implementation("polymoe")
+    return model
+
+
+def test_layer_by_layer() -> None:
+    model = ready("deepseek_v4")
+    text = str(explain(model))
+    assert text.count("polymoe.experts on cpu, float32") == 2  # the hash-routed layer, and all others
+    assert text.count("note: fused: swiglu_clamped") == 2
+    assert f"ISA level: {polymoe.isa_level()}" in text
+    use_polymoe_routers(model)
+    model.model.layers[2].mlp.gate.score_fn = nn.Softplus()
+    found = explain(model)
+    text = str(found)
+    assert [line for line in text.splitlines() if not line.startswith(" ")] == [
+        "model.layers.0.mlp:",
+        "model.layers.1,3.mlp:",
+        "model.layers.2.mlp:",
+    ]
+    assert found.others == {"model.layers.2.mlp.gate": "the model's own, its score_fn is Softplus"}
+    gate = found.modules["model.layers.0.mlp.gate"]
+    assert (gate.op, gate.backend) == ("gate", "cpu")
+    assert gate.notes == (
+        "sqrtsoftplus, top 3, chosen by token id, renormalised, times 1.5",
+        "the model's own forward where a gradient is needed, and under autocast",
+    )
+
+
+def test_layouts_that_cost_extra_in_a_model() -> None:
+    notes = explain(ready("gpt_oss")).modules["model.layers.0.mlp.experts"].notes
+    assert notes[0] == "fused: swiglu_oai"
+    assert [note.partition(":")[0] for note in notes[1:]] == ["gate_up", "down"]
+    assert all("not contiguous along the reduction" in note for note in notes[1:])
+    assert explain(ready("mixtral")).modules["model.layers.0.mlp.experts"].notes == ("fused: swiglu",)
+
+
+@pytest.mark.parametrize("family", zoo.FAMILIES)
+def test_every_family_without_any_weights(family: str) -> None:
+
+    model_class = zoo.model_classes(family)[0]
+    with torch.device("meta"):
+        model = model_class(zoo.tiny_config(family))
+    model.set_experts_implementation("polymoe")
+    experts = {name for name, module in model.named_modules() if hasattr(module, "_is_expert_parallel")}
+    found = explain(model)
+    assert set(found.modules) == experts
+    assert {explanation.device for explanation in found.modules.values()} == {"meta"}
+    assert len(found.others) == len(experts)
+    assert {name.rpartition(".")[0] for name in found.others} == {name.rpartition(".")[0] for name in experts}
+    use_polymoe_routers(model)
+    replaced = {name for name, how in explain(model).modules.items() if how.op == "gate"}
+    assert replaced == set() if family in ("phimoe", "zaya") else len(replaced) == len(experts)

@@ -4,16 +4,19 @@ import ctypes
 import platform
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from polymoe import reference
+from polymoe.hal import registry
 from polymoe.hal.registry import register_backend, unregister_backend
+from polymoe.testing import plugin
 from polymoe.testing.cases import LAYOUTS, ROUTINGS, Random, laid_out, name_of, routing
-from polymoe.testing.conformance import activate, bitwise, combine, dispatch, experts, gate, grouped_mm, plan
+from polymoe.testing.conformance import activate, bitwise, combine, dispatch, experts, gate, grouped_mm, plan, protocol
 from polymoe.testing.poison import poisoned
-from polymoe.testing.targets import Target
+from polymoe.testing.targets import Target, targets
 from polymoe.testing.tolerances import assert_same_bits, assert_within, growth, rounding_error
 
 BF16, F32 = torch.bfloat16, torch.float32
@@ -297,6 +300,102 @@ def test_routings(pattern, E, seed):
 def test_names_of_cases():
     assert name_of(plan.Case(T=1, K=2, E=3)) == "T=1-K=2-E=3"
     assert name_of(NORMAL) == "T=9-H=70-I=37-E=6-K=3-dtype=bfloat16"
+
+
+class Absent(Planted):
+    """Of a device that no machine has."""
+
+    name = "absent"
+    device_types = ("npu",)
+
+    def __init__(self):
+        super().__init__("", None, lambda op: getattr(reference, op))
+
+
+@pytest.fixture
+def session():
+    """A pytest session with other options."""
+
+    def with_options(*backends, device=None):
+        options = {"--polymoe-backend": list(backends), "--polymoe-device": device}
+        return SimpleNamespace(config=SimpleNamespace(getoption=options.get))
+
+    return with_options
+
+
+def test_a_backend_that_is_not_there_is_an_error(session, monkeypatch):
+    plugin.pytest_collection(session("reference", "cpu"))
+    with pytest.raises(pytest.UsageError, match=r"expected one of .*reference.*, got 'nobody'"):
+        plugin.pytest_collection(session("reference", "nobody"))
+    monkeypatch.setitem(registry._outside, "broken", registry.BrokenBackend("broken", OSError("no driver")))
+    with pytest.raises(pytest.UsageError, match=r"backend broken: its entry point failed to load: OSError: no driver"):
+        plugin.pytest_collection(session("broken"))
+
+
+PROTOCOL = [
+    (lambda op, problem: True, lambda op: None, r"supports\('\w+', .*: expected None or a reason, got True"),
+    (lambda op, problem: "no", lambda op: None, r"serves no op on cpu; .*: no"),
+    (lambda op, problem: None, lambda op: lambda: None, r"implementation\('\w+'\): lacks the arguments "),
+    (
+        lambda op, problem: None if op == "plan" else "no",
+        lambda op: lambda ids, num_experts, how: None,
+        r"implementation\('plan'\): requires how, which plan does not have",
+    ),
+    (
+        lambda op, problem: None if op == "combine" else "no",
+        lambda op: lambda y, slot_row, weights, out_dtype=None: None,
+        r"implementation\('combine'\): weights: expected the default None",
+    ),
+]
+
+
+@pytest.mark.parametrize(("supports", "implementation", "message"), PROTOCOL)
+def test_wrong_answers_are_found(supports, implementation, message, plant, monkeypatch):
+    target = plant("", None)
+    protocol.check(target)
+    monkeypatch.setattr(Planted, "supports", lambda self, op, problem: supports(op, problem))
+    monkeypatch.setattr(Planted, "implementation", lambda self, op: implementation(op))
+    with pytest.raises(AssertionError, match=message):
+        protocol.check(target)
+
+
+def test_an_argument_may_be_absent_where_only_its_default_is_served(plant, monkeypatch):
+    """As in a backend that is older than the argument."""
+
+    def older(h):
+        return None
+
+    target = plant("", None)
+    monkeypatch.setattr(
+        Planted, "supports", lambda self, op, problem: None if problem.option == {"kind": "swiglu"} else "no"
+    )
+    monkeypatch.setattr(Planted, "implementation", lambda self, op: older)
+    with pytest.raises(AssertionError, match=r"lacks the arguments alpha, limit"):  # kind is not among them
+        protocol.check(target)
+
+
+def test_devices_of_targets():
+    register_backend(Absent())
+    try:
+        (target,) = targets(["absent"])
+        assert target.device == "npu"
+        assert target.unavailable == "this machine has no npu device that torch knows"
+        assert targets(["reference"])[0].device == "cpu"
+        (elsewhere,) = targets(["reference"], "meta")
+        assert (elsewhere.device, str(elsewhere)) == ("meta", "reference-meta")
+        assert elsewhere.declines("activate", F32) is None
+        assert Target("absent", device_type="cpu").declines("plan", torch.int32) == "it serves npu tensors, not cpu"
+    finally:
+        unregister_backend("absent")
+
+
+def test_parts_that_a_backend_declines(plant, monkeypatch):
+    """experts without the small ops is tested for itself."""
+    target = plant("activate", None)
+    monkeypatch.setattr(Planted, "supports", lambda self, op, problem: "no" if op == "activate" else None)
+    assert experts.declined_part(NORMAL, Target("reference")) is None
+    assert experts.declined_part(NORMAL, target) == "no activate to compose experts of: no"
+    experts.check(NORMAL, target, seed=1)
 
 
 @pytest.mark.parametrize("backend", ["reference", "cpu"])

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import importlib
 import inspect
+import re
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, overload
 
 import torch
@@ -60,30 +62,76 @@ class Explanation:
 
 @dataclass(frozen=True)
 class ModuleExplanation:
-    """How the experts inside a module run: an Explanation by the name of each submodule that polymoe knows."""
+    """How the parts of a model that polymoe knows run; str() of it is for reading, layers that are alike as one.
+
+    modules  by name, the Explanation of each submodule that polymoe runs
+    others   by name, of each that it could run or that decides for it: what runs instead, and why
+    """
 
     modules: Mapping[str, Explanation]
+    others: Mapping[str, str] = field(default_factory=dict)
 
     def __str__(self) -> str:
-        if not self.modules:
+        layers: dict[str, str] = {}
+        for name, found in sorted({**self.modules, **self.others}.items(), key=lambda item: _natural(item[0])):
+            layer, _, part = name.rpartition(".")
+            if not layer or part.isdigit():
+                layer, part = name, ""
+            text = f"{part}: {found}" if part else str(found)
+            layers[layer] = layers.get(layer, "") + "\n  " + text.replace("\n", "\n  ")
+        if not layers:
             return "no module that polymoe runs"
-        alike: dict[str, list[str]] = {}
-        for name, explanation in self.modules.items():
-            alike.setdefault(str(explanation), []).append(name or "the module itself")
-        return "\n".join(
-            names[0] + (f" and {len(names) - 1} alike, to {names[-1]}" if len(names) > 1 else "") + f":\n{text}"
-            for text, names in alike.items()
-        )
+        return "\n".join(f"{names or 'the module itself'}:{text}" for names, text in by_layer(layers))
+
+
+def by_layer(texts: Mapping[str, str]) -> list[tuple[str, str]]:
+    """Joins modules that have the same text and differ in one number: "layers.0.mlp", "layers.1.mlp" are
+    "layers.0-1.mlp"."""
+    numbers: dict[tuple[str, str, str], list[int]] = {}
+    for name, text in texts.items():
+        start, number, end = _split_at_last_number(name)
+        numbers.setdefault((start, end, text), []).extend([int(number)] if number else [])
+    return [(start + _ranges(found) + end, text) for (start, end, text), found in numbers.items()]
+
+
+def _split_at_last_number(name: str) -> tuple[str, str, str]:
+    found = re.fullmatch(r"((?:.*\.)?)(\d+)((?:\..*)?)", name)
+    return (found[1], found[2], found[3]) if found else (name, "", "")
+
+
+def _ranges(numbers: list[int]) -> str:
+    """[0, 1, 2, 5] is "0-2,5"."""
+    runs: list[list[int]] = []
+    for number in sorted(numbers):
+        if runs and number == runs[-1][-1] + 1:
+            runs[-1].append(number)
+        else:
+            runs.append([number])
+    return ",".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)
+
+
+def _natural(name: str) -> list[tuple[int, str]]:
+    """Sorts layer 10 behind layer 9."""
+    return [(int(part), "") if part.isdigit() else (-1, part) for part in name.split(".")]
 
 
 ModuleHook = Callable[[nn.Module], Explanation | None]
+ModelHook = Callable[[nn.Module], Mapping[str, Explanation | str]]
 _module_hooks: list[ModuleHook] = []
+_model_hooks: list[ModelHook] = []
 
 
 def register_module_hook(hook: ModuleHook) -> ModuleHook:
     """Teaches `explain` a kind of module: `hook` returns the Explanation of a module it knows, else None.
     Usable as a decorator."""
     _module_hooks.append(hook)
+    return hook
+
+
+def register_model_hook(hook: ModelHook) -> ModelHook:
+    """Teaches `explain` what a module's surroundings decide: `hook` gets the whole model and returns, by name, how a
+    submodule runs, or what runs in place of polymoe and why. Usable as a decorator."""
+    _model_hooks.append(hook)
     return hook
 
 
@@ -103,14 +151,7 @@ def explain(target: str | Callable[..., Any] | nn.Module, *args: Any, **kwargs: 
         ValueError: the op or an argument is unknown, or a backend asked for by name cannot serve the call.
     """
     if isinstance(target, nn.Module):
-        return ModuleExplanation(
-            {
-                name: found
-                for name, module in target.named_modules()
-                for found in (hook(module) for hook in _module_hooks)
-                if found is not None
-            }
-        )
+        return _explain_module(target)
     op = target if isinstance(target, str) else getattr(target, "__name__", repr(target))
     if op not in OPS or (callable(target) and target is not OPS[op].wrapper):
         raise ValueError(f"polymoe.explain: target: expected a module or one of {', '.join(OPS)}, got {target!r}")
@@ -118,6 +159,23 @@ def explain(target: str | Callable[..., Any] | nn.Module, *args: Any, **kwargs: 
     subject = arguments[OPS[op].subject]
     options = tuple(str(arguments[option]) for option in OPS[op].options)
     return _explain(Problem(op, subject.device.type, subject.dtype, options), subject, arguments)
+
+
+def _explain_module(target: nn.Module) -> ModuleExplanation:
+    found: dict[str, Explanation | str] = {}
+    if any(type(module).__module__.startswith("transformers.") for module in target.modules()):
+        # By name, since nothing below the integrations may depend on them; it registers a hook.
+        importlib.import_module("polymoe.integrations.explain")
+    for hook in _model_hooks:
+        found |= hook(target)
+    for name, module in target.named_modules():
+        for how in (hook(module) for hook in _module_hooks):
+            if how is not None:
+                found[name] = how
+    return ModuleExplanation(
+        {name: how for name, how in found.items() if isinstance(how, Explanation)},
+        {name: how for name, how in found.items() if isinstance(how, str)},
+    )
 
 
 def _bind(op: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:

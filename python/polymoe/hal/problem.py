@@ -18,15 +18,22 @@ class Problem(NamedTuple):
     dtype: torch.dtype
     options: tuple[str, ...]
 
+    @property
+    def option(self) -> dict[str, str]:
+        """The options by the names of their arguments."""
+        return dict(zip(OPS[self.op].options, self.options, strict=True))
+
 
 @runtime_checkable
 class Backend(Protocol):
     """A set of kernels. Structural: a backend need not inherit from anything.
 
     name           how users select it
-    device_types   torch device types it serves; "*" is every type
+    device_types   torch device types it serves, for example ("npu",); "*" is every type
     deterministic, batch_invariant
-                   properties it promises (the conformance kit tests what is promised)
+                   properties it promises for all that it serves (the conformance kit tests what is promised)
+
+    A method notes(op, problem, arguments) -> list[str] is optional: remarks on the path of a call, for explain().
     """
 
     name: str
@@ -35,10 +42,12 @@ class Backend(Protocol):
     batch_invariant: bool
 
     def supports(self, op: str, problem: Problem) -> str | None:
-        """None if the backend serves `problem`, else the reason why it does not, as the end of a sentence."""
+        """None if the backend serves `problem`, else the reason why it does not, as the end of a sentence. The answer
+        is remembered, so it must be the same every time."""
 
     def implementation(self, op: str) -> Callable[..., Any]:
-        """The function that computes `op`: the schema's arguments without `backend`, the schema's results."""
+        """The function that computes `op`, called anew for every call of it: the schema's arguments without `backend`
+        and with its defaults, the schema's results. Arguments are checked before; results must not alias them."""
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any
 
@@ -55,12 +55,22 @@ def register_backend(backend: Backend) -> None:
     Raises ValueError if the object is no Backend or its name is taken.
     """
     if not isinstance(backend, Backend) or isinstance(backend, type):
-        raise ValueError(f"polymoe.register_backend: backend: expected a polymoe.hal Backend, got {backend!r}")
+        raise ValueError(f"polymoe.register_backend: backend: expected {_described()}, got {backend!r}")
+    if not isinstance(backend.name, str) or not backend.name:
+        raise ValueError(f"polymoe.register_backend: backend.name: expected a name, got {backend.name!r}")
+    types: object = backend.device_types
+    if not isinstance(types, tuple) or not all(isinstance(device_type, str) for device_type in types):
+        raise ValueError(f"polymoe.register_backend: backend.device_types: expected a tuple of names, got {types!r}")
     if backend.name in {known.name for known in (*_native, _reference, *_outside.values())}:
         raise ValueError(f"polymoe.register_backend: backend: expected a new name, got {backend.name!r}")
     _outside[backend.name] = backend
     for callback in _on_change:
         callback()
+
+
+def _described() -> str:
+    members = sorted(Backend.__annotations__) + [name for name in vars(Backend) if not name.startswith("_")]
+    return f"a polymoe.hal Backend, an object with {', '.join(members)}"
 
 
 def unregister_backend(name: str) -> None:
@@ -92,10 +102,17 @@ def _load_entry_point(entry: EntryPoint) -> None:
             register_backend(broken)
 
 
+def by_preference() -> Iterator[Backend]:
+    """Every backend, in order of preference; entry points are loaded when the built-in ones are through."""
+    yield from _native
+    _load_entry_points()
+    yield from tuple(_outside.values())
+    yield _reference
+
+
 def all_backends() -> tuple[Backend, ...]:
     """Every backend, in order of preference."""
-    _load_entry_points()
-    return (*_native, *_outside.values(), _reference)
+    return tuple(by_preference())
 
 
 def backends() -> list[str]:

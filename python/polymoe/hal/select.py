@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import threading
+from collections.abc import Iterator
 from types import TracebackType
 
 import torch
@@ -57,12 +58,22 @@ def declined(backend: Backend, problem: Problem) -> str | None:
     """Why `backend` does not serve `problem`; None if it does."""
     if "*" not in backend.device_types and problem.device_type not in backend.device_types:
         return f"it serves {', '.join(backend.device_types)} tensors, not {problem.device_type}"
-    return backend.supports(problem.op, problem)
+    try:
+        reason = backend.supports(problem.op, problem)
+    except Exception as error:  # a stranger's fault must not break calls that others serve
+        return f"its supports() failed: {type(error).__name__}: {error}"
+    if reason is None or (isinstance(reason, str) and reason):
+        return reason
+    return f"its supports() returned {reason!r}, neither None nor a reason"
+
+
+def _in_turn(problem: Problem) -> Iterator[str]:
+    return (backend.name for backend in registry.by_preference() if declined(backend, problem) is None)
 
 
 def serving(problem: Problem) -> list[str]:
     """The names of all backends that serve `problem`, the best first; the reference is always among them."""
-    return [backend.name for backend in registry.all_backends() if declined(backend, problem) is None]
+    return list(_in_turn(problem))
 
 
 def decide(problem: Problem, requested: str | None) -> str:
@@ -79,7 +90,7 @@ def decide(problem: Problem, requested: str | None) -> str:
                 f"polymoe.{problem.op}: backend: expected one that serves this call, got {requested!r}: {reason}"
             )
         return requested
-    return serving(problem)[0]
+    return next(_in_turn(problem))  # others are not even asked
 
 
 @torch._dynamo.assume_constant_result

@@ -3,6 +3,7 @@
     pytest -p polymoe.testing.plugin --pyargs polymoe.testing --polymoe-backend NAME
 
 What a backend declines is skipped with its reason; determinism and batch-invariance are tested where it declares them.
+A backend that declines everything fails.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import pytest
 import torch
 
 from polymoe.testing.cases import name_of
-from polymoe.testing.conformance import activate, bitwise, combine, dispatch, experts, gate, grouped_mm, plan
+from polymoe.testing.conformance import activate, bitwise, combine, dispatch, experts, gate, grouped_mm, plan, protocol
 from polymoe.testing.targets import Target
 
 
@@ -19,6 +20,10 @@ def _require(target: Target, op: str, dtype: torch.dtype, *options: str) -> None
     reason = target.declines(op, dtype, options)
     if reason is not None:
         pytest.skip(f"{target}: {reason}")
+
+
+def test_protocol(target: Target) -> None:
+    protocol.check(target)
 
 
 @pytest.mark.parametrize("case", gate.CASES, ids=name_of)
@@ -76,6 +81,9 @@ def _require_experts(target: Target, case: experts.Case) -> None:
 @pytest.mark.parametrize("case", bitwise.EXPERTS + bitwise.EXPERTS_OTHER_LAYOUTS, ids=name_of)
 def test_experts_composition(case: experts.Case, target: Target, seed: int) -> None:
     _require_experts(target, case)
+    missing = experts.declined_part(case, target)
+    if missing is not None:
+        pytest.skip(f"{target}: {missing}")
     bitwise.check_experts_composition(case, target, seed)
 
 

@@ -72,7 +72,7 @@ def relative_frobenius(got: Tensor, truth: Tensor) -> float:
 def assert_within(got: Tensor, truth: Tensor, bound: Tensor, what: str) -> None:
     """Every element of `got` is within `bound` of `truth`. NaN and infinity must be where the truth has them."""
     assert got.shape == truth.shape, f"{what}: shape {tuple(got.shape)}, expected {tuple(truth.shape)}"
-    value, special = got.double().cpu(), ~truth.isfinite()
+    value, special = got.cpu().double(), ~truth.isfinite()
     error = (value - truth).abs()
     same = (value == truth) | (value.isnan() & truth.isnan())
     wrong = torch.where(special, ~same, ~(error <= bound))  # ~(<=) also catches NaN where the truth is a number

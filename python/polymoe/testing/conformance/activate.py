@@ -187,12 +187,12 @@ def check(case: Case, target: Target, seed: int) -> None:
     out_dtype = case.out_dtype or case.dtype
     assert got.dtype == out_dtype
 
-    exact = h.double().cpu()
+    exact = h.cpu().double()
     value = truth(exact, case)
     bound = error(exact, value, case, case.dtype)
     if weights is not None:
         assert plan is not None
-        w = weights.double().cpu().flatten()[plan.row_slot.clamp(min=0).long().cpu(), None]
+        w = weights.cpu().double().flatten()[plan.row_slot.clamp(min=0).long().cpu(), None]
         value, bound = value * w, bound * w  # the rounding of this product is among FUNCTION_ERRORS
     assert not got[padding].any(), "padding rows must be zero"
     used = ~padding.cpu()

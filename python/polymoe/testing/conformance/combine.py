@@ -59,9 +59,9 @@ def truth(y: Tensor, plan: Plan, weights: Tensor | None) -> tuple[Tensor, Tensor
     total, magnitude = torch.zeros(2, slot_row.shape[0], y.shape[1], dtype=torch.float64)
     for k in range(slot_row.shape[1]):
         token = torch.nonzero(slot_row[:, k] >= 0).flatten()
-        term = y[slot_row[token, k].to(y.device)].double().cpu()
+        term = y[slot_row[token, k].to(y.device)].cpu().double()
         if weights is not None:
-            term = term * weights[token.to(y.device), k, None].double().cpu()
+            term = term * weights[token.to(y.device), k, None].cpu().double()
         total[token] += term
         magnitude[token] += term.abs()
     return total, magnitude

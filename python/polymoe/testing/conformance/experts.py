@@ -191,7 +191,7 @@ def _per_group(a: Tensor, b: Tensor, ends: Tensor, of: Callable[[Tensor], Tensor
     out = torch.zeros(a.shape[0], b.shape[2], dtype=F64)
     for g, (start, end) in enumerate(pairwise([0, *ends.tolist()])):
         if start < end:
-            out[start:end] = a[start:end] @ of(b[g].double().cpu())
+            out[start:end] = a[start:end] @ of(b[g].cpu().double())
     return out
 
 
@@ -224,7 +224,7 @@ def truth(case: Case, inputs: Inputs) -> Truth:
     a = activate_checks.truth(h, kind)
     a_error = activate_checks.error(h, a, kind, dtype) + _activation_error(h, h_error, a, kind)
     if case.placement == "activation":
-        w = inputs.weights.double().flatten()[slot].cpu()[:, None]
+        w = inputs.weights.flatten()[slot].cpu().double()[:, None]
         a, a_error = a * w, a_error * w
     a, a_error = a.where(used, 0), a_error.where(used, 0)
 
@@ -256,18 +256,35 @@ def composition(case: Case, inputs: Inputs, backend: str) -> Tensor:
     return polymoe.combine(y, p, placed["output"], case.dtype, backend=backend)
 
 
+def declined_part(case: Case, target: Target) -> str | None:
+    """Why there is no composition of small ops to compare with, or None."""
+    compute = arithmetic_dtype(case.dtype)
+    for op, dtype, options in (
+        ("plan", case.ids_dtype, ()),
+        ("dispatch", case.dtype, ()),
+        ("grouped_mm", case.dtype, ()),
+        ("activate", compute, (case.kind,)),
+        ("combine", compute, ()),
+    ):
+        reason = target.declines(op, dtype, options)
+        if reason is not None:
+            return f"no {op} to compose experts of: {reason}"
+    return None
+
+
 @serial
 def check(case: Case, target: Target, seed: int) -> None:
-    """The result against float64 and, to the bit, against the composition of the small ops; then what the low-level op
-    saves for a backward."""
+    """The result against float64 and, to the bit, against the composition of the small ops where the backend has them;
+    then what the low-level op saves for a backward."""
     inputs = make_inputs(case, Random(seed, target.device))
     got = run(target, "experts", *inputs[:5], **options(case, inputs))
     assert got.dtype == case.dtype
     expected = truth(case, inputs)
     assert_within(got, expected.out, expected.bound, f"experts {case.kind}")
-    with torch.no_grad(), op_threads(target):
-        composed = composition(case, inputs, target.backend)
-    assert_same_bits(got, composed, "experts and the composition of the small ops")
+    if declined_part(case, target) is None:
+        with torch.no_grad(), op_threads(target):
+            composed = composition(case, inputs, target.backend)
+        assert_same_bits(got, composed, "experts and the composition of the small ops")
     _check_save(case, inputs, target, got, expected)
 
 

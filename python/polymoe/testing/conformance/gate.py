@@ -249,8 +249,8 @@ def check(case: Case, target: Target, seed: int) -> None:
     assert ids.dtype == torch.int32
     assert weights.dtype == arithmetic_dtype(case.dtype)
     assert ids.shape == weights.shape == (case.T, case.k)
-    rows = inputs.logits.double().cpu().tolist()
-    bias = [0.0] * case.E if inputs.bias is None else inputs.bias.double().cpu().tolist()
+    rows = inputs.logits.cpu().double().tolist()
+    bias = [0.0] * case.E if inputs.bias is None else inputs.bias.cpu().double().tolist()
     uncertain = 0
     truth, bound = torch.zeros(2, case.T, case.k, dtype=torch.float64)
     for t, got in enumerate(ids.tolist()):

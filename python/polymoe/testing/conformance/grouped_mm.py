@@ -124,7 +124,7 @@ def make_inputs(case: Case, random: Random) -> Inputs:
 
 def truth(a: Tensor, b: Tensor, offs: Tensor | None, bias: Tensor | None) -> tuple[Tensor, Tensor]:
     """Group by group in float64: the results, and the sums of the magnitudes of their terms, on the CPU."""
-    bias = None if bias is None else bias.double().cpu()
+    bias = None if bias is None else bias.cpu().double()
     M, N = a.shape[-2], b.shape[-1]
     groups = a.shape[0] if offs is None else offs.shape[0]
     shape = (M, N) if a.dim() != b.dim() else (groups, M, N)
@@ -143,7 +143,7 @@ def truth(a: Tensor, b: Tensor, offs: Tensor | None, bias: Tensor | None) -> tup
             at, left, right = (g,), a[:, start:end], b[start:end]
         added = torch.zeros(()) if bias is None else bias[start:end] if bias.dim() == 1 else bias[g]
         if value[at].numel() > 0:
-            left, right = left.double().cpu(), right.double().cpu()
+            left, right = left.cpu().double(), right.cpu().double()
             value[at] = left @ right + added
             magnitude[at] = left.abs() @ right.abs() + added.abs()
         start = end

@@ -62,7 +62,7 @@ def truth(ids: Tensor, E: int) -> Plan:
             row_slot.append(slot)
         offsets.append(len(row_slot))
     row_slot += [-1] * (ids.numel() - len(row_slot))
-    parts = (torch.tensor(part, dtype=torch.int32, device=ids.device) for part in (offsets, row_slot, slot_row))
+    parts = (torch.tensor(part, dtype=torch.int32).to(ids.device) for part in (offsets, row_slot, slot_row))
     result = Plan(*parts)
     return result._replace(slot_row=result.slot_row.reshape(ids.shape[0], K))
 
