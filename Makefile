@@ -8,7 +8,7 @@ TORCH_INDEX ?=
 DEPENDENCIES := $(VENV)/polymoe-requirements.txt
 BUILT := build/built
 SOURCES := setup.py $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.h)
-CXX_FILES = $(filter-out setup.py,$(SOURCES)) $(wildcard tests/cpp/*.cpp)
+CXX_FILES = $(filter-out setup.py,$(SOURCES)) $(wildcard tests/cpp/*.cpp benchmarks/native/*.cpp)
 PY_FILES := setup.py python tests benchmarks examples kernels
 EXTENSION := $(wildcard python/polymoe/_C*.so)
 # A file that changes with the list of sources, so that a removed source is noticed too.
@@ -17,10 +17,11 @@ $(shell mkdir -p build; echo $(SOURCES) | cmp -s - $(LISTED) || echo $(SOURCES) 
 JUNK := *_cache .hypothesis dist build
 
 .DEFAULT_GOAL := help
-.PHONY: help setup build wheel demo test test-slow lint format sanitize sanitize-address sanitize-thread clean
+.PHONY: help setup build wheel demo docs-transformers test test-triton gpu-check test-slow lint format sanitize sanitize-address sanitize-thread clean
+.PHONY: bench peers report
 
 help: ## this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-18s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 setup: $(DEPENDENCIES) build ## create .venv with the pinned dependencies, build, make polymoe importable there
 	@echo "ready: $(PY)"
@@ -51,8 +52,44 @@ wheel: $(DEPENDENCIES) ## a wheel for this Python and this torch minor version, 
 demo: setup ## DeepSeek-V4's experts on this CPU: Transformers' own paths against polymoe
 	$(PY) examples/demo_deepseek_v4.py
 
+docs-transformers: setup ## write docs/transformers.md: every Transformers family, and what becomes of its experts
+	PYTHONPATH=tests $(PY) -m zoo.table
+
+bench: setup ## a quick look at every op, against torch and Transformers
+	$(PY) -m benchmarks run --quick
+
+# The other libraries pin other versions of torch and much that is not needed here, so they come without dependencies,
+# after torch. One that does not install is named, and the rest goes on.
+PEERS := .venv-peers
+PEERS_PY := $(PEERS)/bin/python
+
+peers: setup ## .venv-peers: the other CPU libraries that the benchmarks know, and matplotlib
+	@test -x $(PEERS_PY) || $(PYTHON) -m venv $(PEERS)
+	$(PEERS_PY) -m pip install --no-deps $(TORCH_INDEX:%=--index-url %) $$(grep '^torch==' requirements-dev.txt)
+	$(PEERS_PY) -m pip install -r benchmarks/peers-needs.txt
+	@$(PEERS_PY) -c "import os, sysconfig; open(os.path.join(sysconfig.get_path('purelib'), 'polymoe.pth'), 'w').write(os.path.abspath('python') + '\n')"
+	@for peer in $$(grep -v '^#' benchmarks/peers.txt); do \
+	  $(PEERS_PY) -m pip install --no-deps --only-binary :all: $$peer || \
+	    echo "peers: $$peer does not install here; the others go on"; \
+	done
+	@$(PEERS_PY) -m benchmarks list
+
+report: build ## measure, and write docs/benchmarks.md with its plots: under 25 minutes, after `make peers`
+	@test -x $(PEERS_PY) || { echo "report: run 'make peers' first: it needs matplotlib and the other libraries"; exit 1; }
+	$(PEERS_PY) -m benchmarks report
+
+# Triton decides for a whole process whether kernels are compiled or interpreted.
+TEST_TRITON := TRITON_INTERPRET=1 $(PY) -m pytest tests/interpreted
+
 test: setup ## all tests but the slow ones
 	$(PY) -m pytest -m "not slow"
+	$(TEST_TRITON)
+
+test-triton: setup ## the Triton kernels, in Triton's interpreter
+	$(TEST_TRITON)
+
+gpu-check: setup ## compile the Triton kernels for eight GPUs that need not be there; writes docs/triton.md
+	$(PY) -m tests.gpu_offline
 
 test-slow: setup ## the tests that need minutes or many gigabytes
 	$(PY) -m pytest -m slow
@@ -68,7 +105,7 @@ format: $(DEPENDENCIES) ## rewrite Python and C++ in the house style
 	$(VENV)/bin/ruff format $(wildcard $(PY_FILES))
 	$(VENV)/bin/clang-format -i $(CXX_FILES)
 
-clean: ## remove everything built, but not .venv
+clean: ## remove everything built, but not .venv and .venv-peers
 	rm -rf $(JUNK) *.egg-info python/*.egg-info python/polymoe/_C*.so python/polymoe/_build_info.py
 	find python tests benchmarks examples kernels -name __pycache__ -prune -exec rm -rf {} + 2>/dev/null || true
 

@@ -1,9 +1,9 @@
-"""What the microbenchmarks share: options, the run over cases and ISA levels, the report.
+"""What the microbenchmarks share: the run over cases, ISA levels and threads, and the report.
 
 A benchmark is an op and a generator of cases. A case holds contenders that compute the same on the same input sets:
-first torch, which is the baseline, then polymoe's backends. Below the best ISA level of the machine torch must be
-limited alike, and that it only learns from its environment when it starts, so such a level runs in a process of its
-own, which hands its rows back as JSON lines.
+first the baseline, then other libraries, then polymoe. Below the best ISA level of the machine torch must be limited
+alike, and that it only learns from its environment when it starts, so such a level runs in a process of its own, which
+hands its rows back as JSON lines.
 """
 
 from __future__ import annotations
@@ -15,21 +15,27 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from statistics import median
 from time import perf_counter
 from typing import Any
 
 import torch
 
+from benchmarks import bounds
+from benchmarks._options import NO_LEVEL, Options, add_arguments, options, supported_levels
+from benchmarks._progress import Progress, say
 from benchmarks._report import OTHER_CPU_LIMIT, Result, Row, table
-from benchmarks._timing import FULL, QUICK, BandwidthProbe, Effort, OtherCpuUse, interleave
-from benchmarks.inputs import DTYPES, SETS
-from benchmarks.shapes import MODELS, SHAPES, Shape
-from polymoe.backends._extension import extension
+from benchmarks._timing import OtherCpuUse, rounds, timing
+from benchmarks.inputs import SETS
+from benchmarks.memory import peak_memory
+from benchmarks.probes import BandwidthProbe, PeakProbe
 from polymoe.hal import device, registry
 from polymoe.hal.problem import Problem
 from polymoe.hal.select import decide, declined
+
+__all__ = ["Bench", "Case", "Contender", "Options", "cpu_name", "main", "measure", "ours", "say"]
 
 TORCH_LIMITS = {
     "portable": {"ATEN_CPU_CAPABILITY": "default", "ONEDNN_MAX_CPU_ISA": "SSE41", "MKL_ENABLE_INSTRUCTIONS": "SSE4_2"},
@@ -40,17 +46,18 @@ TORCH_LIMITS = {
         "MKL_ENABLE_INSTRUCTIONS": "AVX512",
     },
 }
-START = perf_counter()
-NO_LEVEL = "-"  # of a process without polymoe's C++ extension
 
 
 @dataclass(frozen=True)
 class Contender:
-    """`call(i)` computes on input set i and returns the result."""
+    """`call(i)` computes on input set i and returns the result. `held`: bytes that it took for weights of its own;
+    `peak`: how to find what a call takes, if not by looking at this process."""
 
     name: str
     call: Callable[[int], Any]
     peer: bool = True
+    held: int | None = 0
+    peak: Callable[[], int | None] | None = None
 
 
 @dataclass(frozen=True)
@@ -58,6 +65,8 @@ class Case:
     """labels      what distinguishes the case, one table column each
     contenders  the first is the baseline
     error       of what `call` computes, over all input sets, against float64
+    footprint   bytes of all input sets and weights that take turns; default: no set shares anything with another
+    helpers     processes that compute for a contender
     The other fields are those of Row."""
 
     labels: dict[str, str | int]
@@ -66,39 +75,33 @@ class Case:
     tolerance: float
     bytes: float
     flops: float = 0.0
-    required: float | None = None
-    judge_accuracy: bool = False
-
-
-@dataclass(frozen=True)
-class Options:
-    """What the command line says. A generator of cases finds in `levels` the one that it runs at."""
-
-    shapes: tuple[Shape, ...]
-    tokens: tuple[int, ...]
-    dtypes: tuple[str, ...]
-    levels: tuple[str, ...]
-    backends: tuple[str, ...]
-    best_backend_only: bool
-    threads: int
-    seed: int
-    quick: bool
-    check: bool
-    json: bool
-
-    @property
-    def effort(self) -> Effort:
-        return QUICK if self.quick else FULL
+    required: dict[str, float] = field(default_factory=dict)
+    footprint: float | None = None
+    helpers: tuple[int, ...] = ()
+    absent: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Bench:
-    """One benchmark. Where the user names no backend it runs all that serve, or with `best_backend_only` the one that
-    polymoe selects."""
+    """One benchmark. `by_dtype`: whether there is a case for every dtype."""
 
     op: str
     cases: Callable[[Options], Iterator[Case]]
-    best_backend_only: bool = False
+    by_dtype: bool = True
+
+    def count(self, options: Options) -> int:
+        cases = len(options.shapes) * len(options.tokens) * (len(options.dtypes) if self.by_dtype else 1)
+        return cases * len(options.levels) * len(options.threads)
+
+
+class Probes:
+    """The probes of one process at one number of threads."""
+
+    def __init__(self, mebibytes: int, threads: int) -> None:
+        self.bandwidth, self._threads = BandwidthProbe(mebibytes, threads), threads
+
+    def peak(self, instruction: str) -> Callable[[], float]:
+        return PeakProbe(instruction, self._threads) if instruction else lambda: 0.0
 
 
 def ours(
@@ -107,68 +110,111 @@ def ours(
     dtype: torch.dtype,
     strings: tuple[str, ...],
     make: Callable[[str], Callable[[int], Any]],
+    best_only: bool = False,
 ) -> list[Contender]:
-    """The contenders from polymoe: make(backend) for every backend that is to run. `strings` are the op's arguments
-    that a backend may depend on."""
+    """The contenders from polymoe: make(backend) for every backend that serves, or with `best_only` for the one that
+    polymoe selects, unless the user names others. `strings` are the op's arguments that a backend may depend on."""
     problem = Problem(op, "cpu", dtype, strings)
     if options.backends:
         names = [decide(problem, name) for name in options.backends]
-    elif options.best_backend_only:
+    elif best_only:
         names = [decide(problem, None)]
     else:
         names = [backend.name for backend in registry.all_backends() if declined(backend, problem) is None]
-    return [Contender(name, make(name), peer=False) for name in names]
+    return [Contender(contender_name(name), make(name), peer=False) for name in names]
 
 
-def measure(op: str, case: Case, level: str, effort: Effort, probe: BandwidthProbe) -> Row:
-    """Times the contenders of one case. Errors are taken before and after, so that a contender that spoils the common
-    inputs is found out; the larger one is reported."""
-    errors = [case.error(contender.call) for contender in case.contenders]
-    before = probe()
-    with OtherCpuUse() as others:
-        timings = interleave([contender.call for contender in case.contenders], SETS, effort)
-    after = probe()
-    errors = [max(e, case.error(c.call)) for e, c in zip(errors, case.contenders, strict=True)]
-    results = tuple(
-        Result(c.name, c.peer, t.median, t.low, t.high, t.samples, e)
-        for c, t, e in zip(case.contenders, timings, errors, strict=True)
-    )
+def contender_name(backend: str | None) -> str:
+    return "polymoe" if backend in (None, "cpu") else f"polymoe/{backend}"
+
+
+def measure(op: str, case: Case, level: str, options: Options, probes: Probes) -> Row:
+    """Times the contenders of one case, again if the numbers are of no use."""
+    for attempt in range(1, options.attempts + 1):
+        row = replace(_measure_once(op, case, level, options, probes), attempts=attempt)
+        if row.usable:
+            break
+    return row
+
+
+def _measure_once(op: str, case: Case, level: str, options: Options, probes: Probes) -> Row:
+    """Errors are taken before and after, so that a contender that spoils the common inputs is found out; the larger one
+    is reported. The probes take their turns between the contenders."""
+    calls = [contender.call for contender in case.contenders]
+    errors = [case.error(call) for call in calls]
+    peaks = [peak_memory(c.call) if c.peak is None else c.peak() for c in case.contenders]
+    dtype = str(case.labels.get("dtype", ""))
+    instruction = bounds.instruction(level, dtype) if case.flops else ""
+    seen = _Seen(probes.bandwidth, probes.peak(instruction))
+    before = probes.bandwidth.survey()
+    with OtherCpuUse(case.helpers) as others:
+        *samples, _ = rounds([*calls, seen], SETS, options.effort)
+    after = probes.bandwidth.survey()
+    errors = [max(error, case.error(call)) for error, call in zip(errors, calls, strict=True)]
+
+    bandwidths, ceilings = seen.bandwidths[-len(samples[0]) :], seen.peaks[-len(samples[0]) :]
+    streams = bounds.streams(case.bytes * SETS if case.footprint is None else case.footprint)
+    results = []
+    for contender, taken, error, peak in zip(case.contenders, samples, errors, peaks, strict=True):
+        t = timing(taken)
+        share = bounds.share(taken, case.bytes, case.flops, bandwidths, ceilings) if streams else None
+        results.append(
+            Result(
+                contender.name, contender.peer, t.median, t.low, t.high, t.samples, error, share, contender.held, peak
+            )
+        )
     return Row(
         op=op,
         labels=case.labels,
         isa=level,
         torch_isa=torch.backends.cpu.get_cpu_capability(),
         threads=torch.get_num_threads(),
-        results=results,
+        results=tuple(results),
         subject=next(c.name for c in case.contenders if not c.peer),
         bytes=case.bytes,
         flops=case.flops,
-        probe_before=before,
-        probe_after=after,
+        bandwidths=(before, median(bandwidths), after),
+        instruction=instruction,
+        peak=median(ceilings),
         other_cpu=others.share,
         tolerance=case.tolerance,
         required=case.required,
-        judge_accuracy=case.judge_accuracy,
+        absent=case.absent,
     )
 
 
-def run_here(bench: Bench, options: Options, level: str) -> list[Row]:
-    """All cases at one ISA level, in this process."""
-    rows = []
-    with torch.no_grad(), threads(options.threads), isa_level(level):
-        probe = BandwidthProbe(64 if options.quick else 256)
-        for case in bench.cases(replace(options, levels=(level,))):
-            rows.append(measure(bench.op, case, level, options.effort, probe))
-            say(f"{bench.op} {level}: {rows[-1].summary}")
-    return rows
+class _Seen:
+    """The probes as one more call in every round; what they saw."""
+
+    def __init__(self, bandwidth: Callable[[], float], peak: Callable[[], float]) -> None:
+        self._bandwidth, self._peak = bandwidth, peak
+        self.bandwidths: list[float] = []
+        self.peaks: list[float] = []
+
+    def __call__(self, i: int) -> None:
+        self.bandwidths.append(self._bandwidth())
+        self.peaks.append(self._peak())
+
+    def seconds(self, first: int, repeats: int, sets: int) -> float:
+        """Once, whatever was asked for: one sample a round."""
+        start = perf_counter()
+        self(first)
+        return perf_counter() - start
 
 
-def say(message: str) -> None:
-    print(f"[{perf_counter() - START:6.1f} s] {message}", file=sys.stderr, flush=True)
+def run_here(bench: Bench, options: Options, emit: Callable[[Row], None]) -> None:
+    """All cases at one ISA level and one number of threads, in this process."""
+    (level,), (threads,) = options.levels, options.threads
+    with torch.no_grad(), torch_threads(threads), isa_level(level):
+        probes = Probes(options.probe_mib, threads)
+        for case in bench.cases(options):
+            emit(measure(bench.op, case, level, options, probes))
+            del case  # or its weights stay while those of the next one are made
+        probes.bandwidth.close()
 
 
 @contextmanager
-def threads(count: int) -> Iterator[None]:
+def torch_threads(count: int) -> Iterator[None]:
     former = torch.get_num_threads()
     torch.set_num_threads(count)
     try:
@@ -181,58 +227,93 @@ def isa_level(level: str) -> AbstractContextManager[None]:
     return nullcontext() if level == NO_LEVEL else device.force_isa_level(level)
 
 
-def run_limited(bench: Bench, arguments: Sequence[str], level: str, environment: dict[str, str]) -> list[Row]:
-    """All cases at one ISA level, in a process of its own with that environment."""
-    mine = [argument for argument in arguments if argument != "--check"]
-    child = subprocess.run(
-        [sys.executable, "-m", f"benchmarks.bench_{bench.op}", *mine, "--isa", level, "--json"],
-        env=environment,
-        cwd=Path(__file__).parent.parent,
-        stdout=subprocess.PIPE,
-        text=True,
-    )
+def run_limited(bench: Bench, options: Options, environment: dict[str, str], emit: Callable[[Row], None]) -> None:
+    """The same in a process of its own with that environment."""
+    command = [sys.executable, "-m", "benchmarks", "run", bench.op, *options.arguments(), "--json", "--silent"]
+    with subprocess.Popen(
+        command, env=environment, cwd=Path(__file__).parent.parent, stdout=subprocess.PIPE, text=True
+    ) as child:
+        for line in child.stdout or ():
+            emit(Row.from_json(line))
     if child.returncode != 0:
-        raise SystemExit(f"benchmarks: {bench.op}: the run at ISA level {level} failed")
-    return [Row.from_json(line) for line in child.stdout.splitlines()]
+        raise SystemExit(f"benchmarks: {bench.op}: the run at ISA level {options.levels[0]} failed")
 
 
 def environment_for(level: str) -> dict[str, str]:
     """This process's environment with torch limited as `level` is; without limits for the best level of the machine,
     where torch may use all that it knows."""
-    limits = {} if level in (NO_LEVEL, _supported()[-1]) else TORCH_LIMITS[level]
+    limits = {} if level in (NO_LEVEL, supported_levels()[-1]) else TORCH_LIMITS[level]
     names = {name for of_level in TORCH_LIMITS.values() for name in of_level}
     return {name: value for name, value in os.environ.items() if name not in names} | limits
 
 
-def main(bench: Bench, arguments: Sequence[str] | None = None) -> int:
-    """Runs a benchmark and prints its report. Returns the exit status: 1 if a result is wrong, or with --check if a
-    requirement is missed."""
-    arguments = sys.argv[1:] if arguments is None else arguments
-    options = parse(bench, arguments)
-    rows = []
+def collect(bench: Bench, options: Options, emit: Callable[[Row], None]) -> None:
+    """All cases; `emit` gets every row as soon as it is there."""
     for level in options.levels:
         environment = environment_for(level)
-        if environment == dict(os.environ):
-            rows += run_here(bench, options, level)
-        else:
-            rows += run_limited(bench, arguments, level, environment)
-    if options.json:
-        print("\n".join(row.to_json() for row in rows))
-        return 0
-    print(report(bench.op, rows))
+        for threads in options.threads:
+            one = replace(options, levels=(level,), threads=(threads,))
+            if environment == dict(os.environ):
+                run_here(bench, one, emit)
+            else:
+                run_limited(bench, one, environment, emit)
+
+
+def run(benches: Sequence[Bench], options: Options, given: argparse.Namespace) -> int:
+    """Runs benchmarks and prints their reports. Returns the exit status: 1 if a result is wrong, or with --check if a
+    requirement is missed or a row is void."""
+    rows: list[Row] = []
+    progress = Progress(sum(bench.count(options) for bench in benches))
+
+    def emit(row: Row) -> None:
+        rows.append(row)
+        if given.json:
+            print(row.to_json(), flush=True)
+        if given.out:
+            with open(given.out, "a") as file:
+                file.write(row.to_json() + "\n")
+        if not given.silent:
+            progress.step(row.summary)
+
+    for bench in benches:
+        collect(bench, options, emit)
+        if not given.json:
+            print(report(bench.op, [row for row in rows if row.op == bench.op]) + "\n", flush=True)
     wrong = any(row.verdict.startswith("WRONG") for row in rows)
-    return int(wrong or (options.check and any(row.failed for row in rows)))
+    return int(wrong or (given.check and any(row.failed or row.void for row in rows)))
+
+
+def main(bench: Bench, arguments: Sequence[str] | None = None) -> int:
+    """One benchmark as a command of its own."""
+    parser = argparse.ArgumentParser(prog=f"python -m benchmarks.bench_{bench.op}", allow_abbrev=False)
+    add_run_arguments(parser)
+    given = parser.parse_args(arguments)
+    return run([bench], options(given), given)
+
+
+def add_run_arguments(parser: argparse.ArgumentParser) -> None:
+    add_arguments(parser)
+    parser.add_argument("--check", action="store_true", help="exit with 1 if a requirement is missed or a row is void")
+    parser.add_argument("--json", action="store_true", help="JSON lines in place of tables")
+    parser.add_argument("--out", metavar="FILE", help="append the JSON lines to a file")
+    parser.add_argument("--silent", action="store_true", help="no progress on stderr")
 
 
 def report(op: str, rows: Sequence[Row]) -> str:
-    notes = [f"polymoe.{op}: {cpu_name()}, threads: {rows[0].threads}, torch {torch.__version__}.", "", table(rows), ""]
-    notes.append("Medians of interleaved calls on rotating inputs, ± half of the interquartile range.")
-    if any((row.other_cpu or 0) > OTHER_CPU_LIMIT for row in rows):
+    if not rows:
+        return f"polymoe.{op}: no cases."
+    notes = [f"polymoe.{op}: {cpu_name()}, torch {torch.__version__}.", "", table(rows), ""]
+    notes.append(
+        "Medians of interleaved calls on rotating inputs, ± half of the interquartile range. Of bound: the least time "
+        "that memory and arithmetic allow, by probes in the same rounds, over the time taken."
+    )
+    if any(row.contended for row in rows):
         notes.append(f"(!): others used more than {OTHER_CPU_LIMIT:.0%} of the CPU meanwhile; the row is worth little.")
-    failed = sum(row.failed for row in rows)
-    judged = sum(row.verdict != "-" for row in rows)
+    for name, reason in sorted({item for row in rows for item in row.absent.items()}):
+        notes.append(f"Absent: {name}: {reason}.")
+    judged = [row for row in rows if row.verdict != "-"]
     if judged:
-        notes.append(f"{judged - failed} of {judged} judged rows pass.")
+        notes.append(f"{sum(row.verdict == 'pass' for row in judged)} of {len(judged)} judged rows pass.")
     return "\n".join(notes)
 
 
@@ -240,40 +321,3 @@ def cpu_name() -> str:
     lines = Path("/proc/cpuinfo").read_text().splitlines()
     names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
     return names[0] if names else platform.machine()
-
-
-def parse(bench: Bench, arguments: Sequence[str]) -> Options:
-    parser = argparse.ArgumentParser(prog=f"python -m benchmarks.bench_{bench.op}", allow_abbrev=False)
-    parser.add_argument("--shape", nargs="+", choices=SHAPES, metavar="NAME", help=f"of {', '.join(SHAPES)}")
-    parser.add_argument("--tokens", nargs="+", type=int, metavar="T")
-    parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=["bf16"])
-    parser.add_argument("--isa", nargs="+", choices=_supported(), help="ISA levels; default: avx2 and the best")
-    parser.add_argument("--backend", nargs="+", choices=registry.backends())
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--quick", action="store_true", help="few rounds; one shape and few tokens by default")
-    parser.add_argument("--check", action="store_true", help="exit with 1 if a requirement is missed")
-    parser.add_argument("--json", action="store_true", help="JSON lines in place of the table")
-    given = parser.parse_args(arguments)
-    return Options(
-        shapes=tuple(SHAPES[name] for name in given.shape or (MODELS[:1] if given.quick else MODELS)),
-        tokens=tuple(given.tokens or ((1, 16) if given.quick else (1, 16, 128, 1024))),
-        dtypes=tuple(given.dtype),
-        levels=tuple(given.isa or _default_levels()),
-        backends=tuple(given.backend or ()),
-        best_backend_only=bench.best_backend_only,
-        threads=given.threads,
-        seed=given.seed,
-        quick=given.quick,
-        check=given.check,
-        json=given.json,
-    )
-
-
-def _supported() -> list[str]:
-    return [NO_LEVEL] if extension is None else device.isa_supported()
-
-
-def _default_levels() -> list[str]:
-    supported = _supported()
-    return [level for level in supported if level in ("avx2", supported[-1])]

@@ -1,18 +1,22 @@
-"""Results: one Row per case and ISA level, as JSON lines to keep and as a Markdown table to read."""
+"""Results: one Row per case, ISA level and number of threads, as JSON lines to keep and as Markdown tables to read."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
+from typing import Any
 
-OTHER_CPU_LIMIT = 0.12  # above this share a row is marked: its times are worth little
-ACCURACY_MARGIN = 1.05  # polymoe's error over that of the baseline
+from benchmarks import bounds
+
+OTHER_CPU_LIMIT = 0.12  # above this share a row is run again, or marked: its times are worth little
 
 
 @dataclass(frozen=True)
 class Result:
-    """One contender. Seconds per call, median and quartiles; relative error against float64."""
+    """One contender. Seconds per call, median and quartiles; relative error against float64, the larger of before and
+    after; share of the bound, None where there is none; bytes that the weights took when it prepared its own, and that
+    a call took at its peak, None if unknown."""
 
     name: str
     peer: bool
@@ -21,6 +25,9 @@ class Result:
     high: float
     samples: int
     error: float
+    share: float | None = None
+    held: int | None = None
+    peak: int | None = None
 
 
 @dataclass(frozen=True)
@@ -29,12 +36,15 @@ class Row:
 
     isa, torch_isa           the level of polymoe's kernels, and what torch is limited to
     bytes, flops             that one call must read and write, and compute
-    probe_before, probe_after
-                             read bandwidth in bytes per second
+    bandwidths               bytes per second: by all variants of the probe before the rounds, by the best one within
+                             them (median), and by all variants after them
+    instruction, peak        operations per second of that instruction; "" and 0 where only bytes count
     other_cpu                share of the machine that others used meanwhile; None if unknown
     tolerance                above this error a result is wrong
-    required                 speed-up over the baseline that is asked for, if any
-    judge_accuracy           if the error may be at most ACCURACY_MARGIN times the baseline's
+    required                 what is asked for, see `faults`
+    absent                   contenders that did not take part, and why
+    attempts                 runs of this case until its numbers could be used, or for good
+    part                     of a report
     """
 
     op: str
@@ -46,12 +56,15 @@ class Row:
     subject: str
     bytes: float
     flops: float
-    probe_before: float
-    probe_after: float
+    bandwidths: tuple[float, float, float]
+    instruction: str
+    peak: float
     other_cpu: float | None
     tolerance: float
-    required: float | None
-    judge_accuracy: bool
+    required: dict[str, float] = field(default_factory=dict)
+    absent: dict[str, str] = field(default_factory=dict)
+    attempts: int = 1
+    part: str = ""
 
     @property
     def baseline(self) -> Result:
@@ -59,77 +72,153 @@ class Row:
 
     @property
     def ours(self) -> Result:
-        return next(result for result in self.results if result.name == self.subject)
+        return self.result(self.subject)
 
     @property
-    def ratio(self) -> float:
-        return self.baseline.seconds / self.ours.seconds
+    def best_peer(self) -> Result:
+        return min((result for result in self.results if result.peer), key=lambda result: result.seconds)
 
     @property
-    def ratio_to_best_peer(self) -> float:
-        return min(result.seconds for result in self.results if result.peer) / self.ours.seconds
+    def limit(self) -> str:
+        """What the bound is made of: memory or compute; "cache" where the data do not come from memory."""
+        if self.ours.share is None:
+            return "cache"
+        return "compute" if self.peak and self.flops / self.peak > self.bytes / self.bandwidths[1] else "memory"
+
+    @property
+    def void(self) -> list[str]:
+        """Contenders faster than their bound: the probes were too slow, so the row proves nothing."""
+        return [r.name for r in self.results if r.share is not None and r.share > bounds.VOID_ABOVE]
+
+    @property
+    def contended(self) -> bool:
+        return (self.other_cpu or 0.0) > OTHER_CPU_LIMIT
+
+    @property
+    def usable(self) -> bool:
+        return not (self.void or self.contended)
+
+    def result(self, name: str) -> Result:
+        return next(result for result in self.results if result.name == name)
+
+    def ratio(self, result: Result) -> float:
+        """Speed-up of a contender over the baseline."""
+        return self.baseline.seconds / result.seconds
+
+    def measured(self) -> dict[str, float]:
+        """What `required` may name:
+        over_baseline   speed-up over the first contender
+        over_best_peer  speed-up over the fastest peer
+        share           of the bound
+        error           relative to float64; less is better
+        error_ratio     error over that of the baseline; less is better
+        plain           speed on weights in the layout of nn.Linear over that of the subject, if it is another one
+        """
+        ours, plain = self.ours, next((r for r in self.results if r.name == "polymoe"), self.ours)
+        found = {
+            "over_baseline": self.ratio(ours),
+            "over_best_peer": self.best_peer.seconds / ours.seconds,
+            "error": ours.error,
+            "error_ratio": ours.error / self.baseline.error if self.baseline.error else 0.0,
+        }
+        if ours.share is not None:
+            found["share"] = ours.share
+        if plain is not ours:
+            found["plain"] = ours.seconds / plain.seconds
+        return found
+
+    @property
+    def faults(self) -> list[str]:
+        """Requirements that are missed: "error" and "error_ratio" are upper limits, the others lower ones."""
+        measured = self.measured()
+        return [
+            f"{name} {measured[name]:.3g}, asked {asked:g}"
+            for name, asked in self.required.items()
+            if name in measured
+            and not (measured[name] <= asked if name.startswith("error") else measured[name] >= asked)
+        ]
 
     @property
     def verdict(self) -> str:
         wrong = [result.name for result in self.results if not result.error <= self.tolerance]
         if wrong:
             return f"WRONG: {', '.join(wrong)}"
-        if self.required is None and not self.judge_accuracy:
+        if self.void:
+            return f"VOID: {', '.join(self.void)} above the bound"
+        if not self.required:
             return "-"
-        faults = []
-        if self.required is not None and self.ratio < self.required:
-            faults.append("too slow")
-        if self.judge_accuracy and self.ours.error > ACCURACY_MARGIN * self.baseline.error:
-            faults.append("too inexact")
-        return f"FAIL: {', '.join(faults)}" if faults else "pass"
+        return f"FAIL: {'; '.join(self.faults)}" if self.faults else "pass"
 
     @property
     def failed(self) -> bool:
         return self.verdict.startswith(("WRONG", "FAIL"))
 
     @property
+    def case(self) -> str:
+        return ", ".join(f"{key} {value}" for key, value in self.labels.items()) + f", {self.isa}, {self.threads} thr"
+
+    @property
     def summary(self) -> str:
-        labels = ", ".join(f"{key} {value}" for key, value in self.labels.items())
-        return f"{labels}: {self.ratio:.2f} times {self.baseline.name}, verdict {self.verdict}"
+        share = "" if self.ours.share is None else f", {self.ours.share:.2f} of the bound"
+        speed = f"{self.ratio(self.ours):.2f} times {self.baseline.name}"
+        return f"{self.op} {self.case}: {speed}{share}, verdict {self.verdict}"
 
     def to_json(self) -> str:
-        return json.dumps(asdict(self) | {"ratio": self.ratio, "verdict": self.verdict})
+        return json.dumps(asdict(self) | {"verdict": self.verdict})
 
     @staticmethod
     def from_json(line: str) -> Row:
-        fields = json.loads(line)
-        del fields["ratio"], fields["verdict"]
-        return Row(**fields | {"results": tuple(Result(**result) for result in fields["results"])})
+        fields: dict[str, Any] = json.loads(line)
+        del fields["verdict"]
+        fields["results"] = tuple(Result(**result) for result in fields["results"])
+        return Row(**fields | {"bandwidths": tuple(fields["bandwidths"])})
 
 
 def table(rows: Sequence[Row]) -> str:
-    """A Markdown table with a line per row and a column per contender."""
-    names = list(dict.fromkeys(result.name for row in rows for result in row.results))
+    """A Markdown table with a line for every contender of every row."""
     unit, scale = _unit(min(row.ours.seconds for row in rows))
-    lines = [_line(row, names, scale) for row in rows]
-    header = list(lines[0])
-    for name in names:
-        header[header.index(name)] = f"{name} [{unit}]"
-    return markdown(header, [list(line.values()) for line in lines])
+    keys = list(dict.fromkeys(key for row in rows for key in row.labels))
+    header = [*keys, "ISA", "threads", "contender", f"median [{unit}]", "spread", "x baseline", "x best peer"]
+    header += ["of bound", "limit", "error", "held [MiB]", "peak [MiB]", "GB/s", "GFLOP/s", "probe GB/s", "other CPU"]
+    return markdown([*header, "verdict"], [_line(row, one, keys, scale) for row in rows for one in row.results])
 
 
-def _line(row: Row, names: Sequence[str], scale: float) -> dict[str, str]:
-    results = {result.name: result for result in row.results}
-    cells = {key: str(value) for key, value in row.labels.items()} | {"ISA": f"{row.isa} (torch {row.torch_isa})"}
-    cells |= {name: _time(results[name], scale) if name in results else "-" for name in names}
-    cells[f"speed-up over {row.baseline.name}"] = f"{row.ratio:.2f}"
-    if sum(result.peer for result in row.results) > 1:
-        cells["over best peer"] = f"{row.ratio_to_best_peer:.2f}"
-    cells["required"] = "-" if row.required is None else f"{row.required:.1f}"
-    cells["verdict"] = row.verdict
-    for name in names:
-        cells[f"error {name}"] = f"{results[name].error:.3g}" if name in results else "-"
-    cells["GB/s"] = f"{row.bytes / row.ours.seconds / 1e9:.1f}"
-    if row.flops:
-        cells["GFLOP/s"] = f"{row.flops / row.ours.seconds / 1e9:.0f}"
-    cells["probe GB/s"] = f"{row.probe_before / 1e9:.0f} / {row.probe_after / 1e9:.0f}"
-    cells["other CPU"] = other_cpu(row.other_cpu)
-    return cells
+def _line(row: Row, one: Result, keys: Sequence[str], scale: float) -> list[str]:
+    subject = one.name == row.subject
+    peers = [r.seconds for r in row.results if r.peer and r is not one]
+    return [
+        *(str(row.labels.get(key, "-")) for key in keys),
+        row.isa if row.isa == row.torch_isa.lower() else f"{row.isa} (torch {row.torch_isa})",
+        str(row.threads),
+        f"**{one.name}**" if subject else one.name,
+        f"{one.seconds * scale:.4g}",
+        spread(one),
+        f"{row.ratio(one):.2f}",
+        f"{min(peers) / one.seconds:.2f}" if peers else "-",
+        share(one),
+        row.limit,
+        f"{one.error:.3g}",
+        mebibytes(one.held),
+        mebibytes(one.peak),
+        f"{row.bytes / one.seconds / 1e9:.1f}",
+        f"{row.flops / one.seconds / 1e9:.0f}" if row.flops else "-",
+        " / ".join(f"{bandwidth / 1e9:.0f}" for bandwidth in row.bandwidths),
+        other_cpu(row.other_cpu),
+        row.verdict if subject else "",
+    ]
+
+
+def spread(result: Result) -> str:
+    """Half of the distance between the quartiles, in percent of the median."""
+    return f"±{(result.high - result.low) / 2 / result.seconds:.0%}"
+
+
+def share(result: Result) -> str:
+    return "-" if result.share is None else f"{result.share:.2f}"
+
+
+def mebibytes(count: int | None) -> str:
+    return "?" if count is None else f"{count / 2**20:.0f}"
 
 
 def other_cpu(share: float | None) -> str:
@@ -140,11 +229,6 @@ def other_cpu(share: float | None) -> str:
 
 def _unit(seconds: float) -> tuple[str, float]:
     return ("ms", 1e3) if seconds >= 1e-3 else ("us", 1e6)
-
-
-def _time(result: Result, scale: float) -> str:
-    """Median and half of the distance between the quartiles, in percent."""
-    return f"{result.seconds * scale:.4g} ±{(result.high - result.low) / 2 / result.seconds:.0%}"
 
 
 def markdown(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str:

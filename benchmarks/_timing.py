@@ -1,4 +1,4 @@
-"""Times that can be compared on a shared machine: contenders take turns in one process, and what else went on is noted.
+"""Times that can be compared on a shared machine: contenders take turns in one loop, and what else went on is noted.
 
 Memory bandwidth of such a machine drifts by a factor of two within minutes, so times of separate runs say nothing
 about each other. Here every round runs every contender once, and the medians of the same rounds are compared.
@@ -9,17 +9,20 @@ from __future__ import annotations
 import gc
 import math
 import os
+import random
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from time import perf_counter, perf_counter_ns
 
-import torch
-
-Call = Callable[[int], object]  # runs once, on the input set of that number
+# Runs once, on the input set of that number. One that has a method seconds(first, repeats, sets), as those do that run
+# in another process, brings its time along.
+Call = Callable[[int], object]
 
 MIN_SAMPLE_SECONDS = 5e-4  # shorter calls are repeated until a sample lasts this long
+LONG_CALL_SECONDS = 0.05  # from here on a call's first run says what a later one takes
 
 
 @dataclass(frozen=True)
@@ -46,31 +49,56 @@ class Timing:
 
 
 def interleave(calls: Sequence[Call], sets: int, effort: Effort) -> list[Timing]:
-    """Times the calls in turns on `sets` rotating input sets.
+    """Times the calls in turns on `sets` rotating input sets."""
+    return [timing(samples) for samples in rounds(calls, sets, effort)]
 
-    Each contender meets each input set equally often, never the set that the contender before it in the round has just
-    left in the caches, and every place in the order.
+
+def rounds(calls: Sequence[Call], sets: int, effort: Effort) -> list[list[float]]:
+    """Seconds per call, for every call and round; samples of one round are neighbours in time.
+
+    Each contender meets each input set equally often, and never the set that the contender before it has just left in
+    the caches. The order within a round is random, so that none always follows the same one.
     """
-    seconds = [_sample(call, sets, 0, sets) for call in calls]  # also warms up
+    seconds = [_first(call, sets) for call in calls]
     repeats = [_repeats(s, sets) for s in seconds]
     round_seconds = sum(s * n for s, n in zip(seconds, repeats, strict=True))
     wanted = min(max(effort.seconds / round_seconds, effort.min_rounds), effort.max_rounds)
-    rounds = math.ceil(wanted / sets) * sets
+    count = math.ceil(wanted / sets) * sets
     samples: list[list[float]] = [[] for _ in calls]
     collecting = gc.isenabled()
     gc.disable()
     try:
-        for round_ in range(rounds):
-            for place in range(len(calls)):
-                j = (round_ + place) % len(calls)
+        for round_, order in zip(range(count), _orders(len(calls), sets), strict=False):
+            for j in order:
                 samples[j].append(_sample(calls[j], repeats[j], round_ + j, sets))
     finally:
         if collecting:
             gc.enable()
-    return [_timing(of_one) for of_one in samples]
+    return samples
+
+
+def _orders(count: int, sets: int) -> Iterator[list[int]]:
+    """An order for every round. Contender j of round r has input set r + j; neighbours shall have different ones."""
+    shuffled, last = random.Random(count), -1
+    while True:
+        for _ in range(1000):  # with one contender, or one set, there is no such order
+            order = shuffled.sample(range(count), count)
+            places = ([] if last < 0 else [last - 1]) + order
+            if all((a - b) % sets for a, b in pairwise(places)):
+                break
+        last = order[-1]
+        yield order
+
+
+def _first(call: Call, sets: int) -> float:
+    """Seconds of a call, by one call; of a short one by a whole turn through the input sets, which also warms it up."""
+    seconds = _sample(call, 1, 0, sets)
+    return seconds if seconds > LONG_CALL_SECONDS else _sample(call, max(1, sets - 1), 1, sets)
 
 
 def _sample(call: Call, repeats: int, first: int, sets: int) -> float:
+    if (seconds := getattr(call, "seconds", None)) is not None:
+        return float(seconds(first, repeats, sets))
     start = perf_counter_ns()
     for i in range(first, first + repeats):
         call(i % sets)
@@ -84,27 +112,34 @@ def _repeats(seconds: float, sets: int) -> int:
     return math.ceil(MIN_SAMPLE_SECONDS / seconds / sets) * sets
 
 
-def _timing(samples: list[float]) -> Timing:
+def timing(samples: Sequence[float]) -> Timing:
     low, median, high = statistics.quantiles(samples, n=4, method="inclusive")
     return Timing(median, low, high, len(samples))
 
 
 class OtherCpuUse:
     """Context manager. `share` afterwards: how much of the machine's CPU time others had meanwhile, of 1; None where
-    the system does not say. Time that a hypervisor took away counts too."""
+    the system does not say. Time that a hypervisor took away counts too. `helpers` are processes that count as ours."""
 
     share: float | None = None
 
+    def __init__(self, helpers: Sequence[int] = ()) -> None:
+        self._helpers = helpers
+
     def __enter__(self) -> OtherCpuUse:
-        self._before = _machine_seconds(), _own_seconds(), perf_counter()
+        self._before = _machine_seconds(), self._own_seconds(), perf_counter()
         return self
 
     def __exit__(self, *error: object) -> None:
         (busy_before, own_before, start), busy = self._before, _machine_seconds()
         if busy is not None and busy_before is not None:
-            others = (busy - busy_before) - (_own_seconds() - own_before)
+            others = (busy - busy_before) - (self._own_seconds() - own_before)
             available = (perf_counter() - start) * (os.cpu_count() or 1)
             self.share = min(max(others / available, 0.0), 1.0)
+
+    def _own_seconds(self) -> float:
+        times = os.times()
+        return times.user + times.system + sum(map(_process_seconds, self._helpers))
 
 
 def _machine_seconds() -> float | None:
@@ -117,31 +152,6 @@ def _machine_seconds() -> float | None:
     return (user + nice + system + irq + softirq + steal) / os.sysconf("SC_CLK_TCK")
 
 
-def _own_seconds() -> float:
-    times = os.times()
-    return times.user + times.system
-
-
-class BandwidthProbe:
-    """Bytes per second that torch's threads read from memory: the best of a few simple reductions over a buffer that
-    no cache holds. It is a yardstick for drift, not the limit of the machine: a kernel that prefetches better exceeds
-    it."""
-
-    def __init__(self, mebibytes: int) -> None:
-        buffer = torch.ones(mebibytes * 2**20 // 4)
-        matrix, vector, integers = buffer.view(-1, 4096), buffer[:4096], buffer.view(torch.int64)
-        self._bytes = buffer.nbytes
-        self._reads: list[Callable[[], object]] = [
-            integers.sum,
-            buffer.sum,
-            buffer.norm,
-            lambda: torch.mv(matrix, vector),
-        ]
-
-    def __call__(self, turns: int = 2) -> float:
-        best = math.inf
-        for read in self._reads * turns:
-            start = perf_counter()
-            read()
-            best = min(best, perf_counter() - start)
-        return self._bytes / best
+def _process_seconds(pid: int) -> float:
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")

@@ -15,7 +15,7 @@ import polymoe
 from benchmarks import inputs
 from benchmarks._harness import Bench, Case, Contender, Options, main, ours
 from benchmarks.inputs import DTYPES, SETS
-from benchmarks.shapes import Shape
+from benchmarks.models import Shape
 from polymoe.testing.tolerances import relative_frobenius
 
 

@@ -16,7 +16,7 @@ import polymoe
 from benchmarks import inputs
 from benchmarks._harness import Bench, Case, Contender, Options, main, ours
 from benchmarks.inputs import DTYPES, SETS
-from benchmarks.shapes import Shape
+from benchmarks.models import Shape
 from polymoe.testing.tolerances import FUNCTION_ERRORS, arithmetic_roundoff, relative_frobenius
 
 Routing = tuple[Tensor, Tensor]  # weights, ids
@@ -33,23 +33,26 @@ def make_case(options: Options, shape: Shape, T: int, dtype: str) -> Case:
     source, torch_dtype = inputs.generator(options.seed), DTYPES[dtype]
     E, K = shape.E_model, shape.K
     logits = [inputs.normal((T, E), torch_dtype, source) for _ in range(SETS)]
-    # DeepSeek-V4 selects by score + bias, the softmax models by the score.
-    bias = inputs.normal((E,), torch.float32, source, scale=0.1) if shape.scoring == "sqrtsoftplus" else None
-    truth = [route(one.double(), K, shape.scoring, bias)[0] for one in logits]
+    # DeepSeek, GLM and Kimi select by score + bias, the softmax models by the score.
+    biased = shape.scoring in ("sigmoid", "sqrtsoftplus")
+    bias = inputs.normal((E,), torch.float32, source, scale=0.1) if biased else None
+    truth = [route(one.double(), shape, bias)[0] for one in logits]
 
     def error(call: Callable[[int], Routing]) -> float:
         """Of the weights, and of what the chosen experts weigh in float64: equal scores may be chosen in any order."""
         got = []
         for i, one in enumerate(logits):
             weights, ids = call(i)
-            chosen = score(one.double(), shape.scoring).gather(1, ids.long())
-            got.append(torch.stack([weights.double(), chosen / chosen.sum(-1, keepdim=True)]))
+            got.append(torch.stack([weights.double(), weigh(one.double(), ids.long(), shape.scoring)]))
         return relative_frobenius(torch.cat(got, 1), torch.cat(truth).expand(2, -1, -1))
 
     def on(backend: str) -> Callable[[int], Routing]:
-        return lambda i: polymoe.gate(logits[i], K, shape.scoring, bias, renormalize="max", backend=backend)
+        n_group, topk_group = shape.groups or (1, 1)
+        return lambda i: polymoe.gate(
+            logits[i], K, shape.scoring, bias, n_group, topk_group, renormalize="max", backend=backend
+        )
 
-    contenders = [Contender("torch", lambda i: route(logits[i], K, shape.scoring, bias))]
+    contenders = [Contender("torch", lambda i: route(logits[i], shape, bias))]
     return Case(
         labels={"shape": shape.name, "dtype": dtype, "T": T},
         contenders=(*contenders, *ours(options, "gate", torch_dtype, (shape.scoring,), on)),
@@ -60,18 +63,32 @@ def make_case(options: Options, shape: Shape, T: int, dtype: str) -> Case:
 
 
 def score(logits: Tensor, scoring: str) -> Tensor:
+    if scoring == "softmax_topk":
+        return logits
     if scoring == "softmax":
         return logits.softmax(-1)
-    assert scoring == "sqrtsoftplus"
-    return F.softplus(logits).sqrt()
+    return logits.sigmoid() if scoring == "sigmoid" else F.softplus(logits).sqrt()
 
 
-def route(logits: Tensor, K: int, scoring: str, bias: Tensor | None) -> Routing:
+def weigh(logits: Tensor, ids: Tensor, scoring: str) -> Tensor:
+    """The weights [T, K] of experts that were chosen, in sum 1."""
+    chosen = score(logits, scoring).gather(1, ids)
+    return chosen.softmax(-1) if scoring == "softmax_topk" else chosen / chosen.sum(-1, keepdim=True)
+
+
+def route(logits: Tensor, shape: Shape, bias: Tensor | None) -> Routing:
     """The gate in plain torch; in float64 for float64 logits, else in float32."""
-    scores = score(logits if logits.dtype == torch.float64 else logits.float(), scoring)
-    ids = (scores if bias is None else scores + bias).topk(K).indices
-    weights = scores.gather(1, ids)
-    return weights / weights.sum(-1, keepdim=True), ids
+    logits = logits if logits.dtype == torch.float64 else logits.float()
+    scores = score(logits, shape.scoring)
+    scores = scores if bias is None else scores + bias
+    if shape.groups is not None:
+        n_group, topk_group = shape.groups
+        of_groups = scores.view(len(scores), n_group, -1)
+        best = of_groups.topk(2).values.sum(-1).topk(topk_group).indices
+        kept = torch.zeros(of_groups.shape[:2], dtype=torch.bool).scatter_(1, best, True)
+        scores = of_groups.masked_fill(~kept[:, :, None], -torch.inf).view_as(scores)
+    ids = scores.topk(shape.K).indices
+    return weigh(logits, ids, shape.scoring), ids
 
 
 BENCH = Bench("gate", cases)

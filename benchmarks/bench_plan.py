@@ -15,7 +15,7 @@ import polymoe
 from benchmarks import inputs
 from benchmarks._harness import Bench, Case, Contender, Options, main, ours
 from benchmarks.inputs import SETS
-from benchmarks.shapes import Shape
+from benchmarks.models import Shape
 
 Plan = tuple[Tensor, Tensor, Tensor]  # offsets, row_slot, slot_row
 
@@ -62,7 +62,7 @@ def sort(ids: Tensor, E: int) -> Plan:
     return offsets, row_slot, slot_row.view(ids.shape)
 
 
-BENCH = Bench("plan", cases)
+BENCH = Bench("plan", cases, by_dtype=False)
 
 if __name__ == "__main__":
     sys.exit(main(BENCH))
