@@ -21,6 +21,7 @@ from polymoe.ops import (
     plan,
     update_bias,
 )
+from polymoe.packing import optimize, unoptimize
 
 __version__ = "0.1.0"
 
@@ -41,9 +42,11 @@ __all__ = [
     "isa_level",
     "isa_levels",
     "isa_supported",
+    "optimize",
     "plan",
     "register_backend",
     "set_isa_level",
+    "unoptimize",
     "update_bias",
     "use_backend",
 ]

@@ -20,6 +20,7 @@ from polymoe.ops import _check as check_that
 from polymoe.ops.activate import KINDS, check_kind
 from polymoe.ops.experts import WEIGHT_PLACEMENTS
 from polymoe.ops.gate import RENORMALIZE, SCORINGS
+from polymoe.packing import Packable, PackedWeight, register_packable
 
 __all__ = ["Experts", "Linear", "MoE", "Router", "SharedExpert"]
 
@@ -289,10 +290,11 @@ class Experts(nn.Module):
 
         Ids outside [0, E) skip their slot. Raises ValueError as `polymoe.experts` does.
         """
+        gate_up, down, weight_format = self._weights()
         return ops.experts(
             x,
-            self.gate_up,
-            self.down,
+            gate_up,
+            down,
             weights,
             ids,
             activation=self.activation,
@@ -303,7 +305,16 @@ class Experts(nn.Module):
             transposed=self.transposed,
             interleaved=self.interleaved,
             weight_placement=self.weight_placement,
+            weight_format=weight_format,
         )
+
+    def _weights(self) -> tuple[Tensor, Tensor, str]:
+        """gate_up, down and their weight_format: "packed" after polymoe.optimize."""
+        gate_up: Tensor | PackedWeight = self.gate_up
+        down: Tensor | PackedWeight = self.down
+        if isinstance(gate_up, PackedWeight) and isinstance(down, PackedWeight):
+            return gate_up.tensor(self), down.tensor(self), "packed"
+        return self.gate_up, self.down, "plain"
 
     def extra_repr(self) -> str:
         parts = [f"num_experts={self.num_experts}, hidden_size={self.hidden_size}"]
@@ -321,8 +332,26 @@ class Experts(nn.Module):
 def _explain(module: nn.Module) -> Explanation | None:
     if not isinstance(module, Experts):
         return None
-    x = module.gate_up.new_empty(0, module.hidden_size)
-    return explain("experts", x, activation=module.activation, weight_placement=module.weight_placement)
+    gate_up, _, weight_format = module._weights()
+    x = gate_up.new_empty(0, module.hidden_size)
+    return explain(
+        "experts",
+        x,
+        activation=module.activation,
+        weight_placement=module.weight_placement,
+        weight_format=weight_format,
+    )
+
+
+@register_packable
+def _packable(module: nn.Module) -> list[Packable]:
+    if not isinstance(module, Experts):
+        return []
+    gated = KINDS[module.activation].gated
+    return [
+        Packable("gate_up", gated, gated and module.interleaved, module.transposed),
+        Packable("down", transposed=module.transposed),
+    ]
 
 
 class SharedExpert(nn.Module):
