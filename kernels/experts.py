@@ -107,8 +107,8 @@ def _multiply_and_activate(
         return
     gated = kind not in UNGATED
     halves = gated and not interleaved
-    left = described(x, tiles.block_m, tiles.block_k, device) if K is None else None
-    right = described_weights(gate_up, tiles.block_k, tiles.block_n, device, halves)
+    left = described(x, tiles) if K is None else None
+    right = described_weights(gate_up, tiles, halves)
     _gate_up[(programs(most, tiles, device),)](
         x if left is None else left,
         gate_up if right is None else right,

@@ -71,8 +71,8 @@ def _multiply(
         return
     device = current(a.device)
     a_tile, b_tile = (tiles.block_m, tiles.block_k), (tiles.block_k, tiles.block_n)
-    left = described(a, *a_tile, device) if cut == "rows" else None
-    right = described_weights(b, *b_tile, device) if b.dim() == 3 else None
+    left = described(a, tiles) if cut == "rows" else None
+    right = described_weights(b, tiles) if b.dim() == 3 else None
     _grouped_mm[(programs(most_rows * columns, tiles, device),)](
         a if left is None else left,
         b if right is None else right,

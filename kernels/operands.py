@@ -7,7 +7,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from polymoe.kernels.devices import Device
-from polymoe.kernels.tiles import offers_tf32
+from polymoe.kernels.tiles import Tiles, offers_tf32
 
 # Their instructions for tf32 read weights only along the reduction; others take them apart in registers.
 TF32_ALONG_D = ("sm_90", "sm_100")
@@ -34,30 +34,30 @@ def along_d(b: Tensor) -> bool:
     return b.stride(-2) == 1
 
 
-def described(a: Tensor, rows: int, columns: int, device: Device) -> TensorDescriptor | None:
-    """A descriptor of a [S, D] for tiles of that size; None where bulk copies cannot read them."""
-    return _descriptor(a, [rows, columns], device)
+def described(a: Tensor, tiles: Tiles) -> TensorDescriptor | None:
+    """A descriptor of a [S, D]; None where bulk copies cannot or need not read it."""
+    return _descriptor(a, [tiles.block_m, tiles.block_k]) if tiles.descriptors else None
 
 
-def described_weights(
-    b: Tensor, rows: int, columns: int, device: Device, halves: bool = False
-) -> TensorDescriptor | None:
+def described_weights(b: Tensor, tiles: Tiles, halves: bool = False) -> TensorDescriptor | None:
     """The same for weights [G, D, N], as [G, N, D] where they lie along D. With `halves` N is described as [2, N / 2],
     and a tile has half of its columns in either."""
-    box = [2, columns // 2] if halves else [columns]
+    if not tiles.descriptors:
+        return None
+    rows, columns = tiles.block_k, tiles.block_n
+    box, lies_along_d = [columns], along_d(b)
     if halves:
-        b = b.unflatten(2, (2, -1))
-    if along_d(b):
-        return _descriptor(b.movedim(1, -1), [1, *box, rows], device)
-    return _descriptor(b, [1, rows, *box], device)
+        box, b = [2, columns // 2], b.unflatten(2, (2, -1))
+    if lies_along_d:
+        return _descriptor(b.movedim(1, -1), [1, *box, rows])
+    return _descriptor(b, [1, rows, *box])
 
 
-def _descriptor(tensor: Tensor, block: list[int], device: Device) -> TensorDescriptor | None:
+def _descriptor(tensor: Tensor, block: list[int]) -> TensorDescriptor | None:
     *outer, inner = tensor.stride()
     size = tensor.element_size()
     readable = (
-        device.descriptors
-        and tensor.numel() > 0
+        tensor.numel() > 0
         and inner == 1
         and all(stride > 0 and stride * size % 16 == 0 for stride in outer)
         and tensor.data_ptr() % 16 == 0

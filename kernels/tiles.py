@@ -13,6 +13,9 @@ from typing import Any
 from polymoe.kernels.devices import Device
 
 
+MOST_REGISTERS = 255  # of a thread, on NVIDIA devices
+
+
 @dataclass(frozen=True)
 class Problem:
     """A grouped product of S rows in G groups: [rows of a group, D] @ [D, N].
@@ -29,13 +32,15 @@ class Problem:
 
 @dataclass(frozen=True)
 class Tiles:
-    """warps by program, stages of the software pipeline; see kernels/schedule.py for band and chiplets."""
+    """warps by program, stages of the software pipeline; whether operands come through descriptors where they can; see
+    kernels/schedule.py for band and chiplets."""
 
     block_m: int
     block_n: int
     block_k: int
     warps: int
     stages: int
+    descriptors: bool
     persistent: bool
     band: int
     chiplets: int
@@ -45,19 +50,26 @@ class Tiles:
     def options(self) -> dict[str, Any]:
         """What Triton takes beside a kernel's arguments."""
         options = {"num_warps": self.warps, "num_stages": self.stages}
-        return options | ({"matrix_instr_nonkdim": self.nonkdim} if self.nonkdim else {})
+        if self.nonkdim:
+            options["matrix_instr_nonkdim"] = self.nonkdim
+        if self.persistent:
+            # It has its unit to itself, so there is nothing to save registers for.
+            options["maxnreg"] = MOST_REGISTERS
+        return options
 
 
 @dataclass(frozen=True)
 class Rule:
     """warps: of every BLOCK_M to choose from. nonkdim: rows of the matrix instruction, where Triton would let BLOCK_M
-    decide."""
+    decide. descriptors: multiply-adds have nothing to gain from them, nor from a persistent schedule that fetches the
+    next tile early, and too few registers for their bookkeeping."""
 
     warps: dict[int, int]
     block_n: int
     block_k: int
     stages: int
     nonkdim: int = 0
+    descriptors: bool = True
 
 
 _HOPPER = {64: 4, 128: 8}
@@ -66,6 +78,9 @@ _AMPERE = {16: 4, 32: 4, 64: 4, 128: 8}
 # registers to activate.
 _GEFORCE = {16: 4, 32: 4, 64: 8}
 _FMA = {16: 4, 32: 4, 64: 8}
+# Short tiles have few warps, so that each lane still loads 16 bytes of the rows.
+_CDNA = {16: 2, 32: 4, 64: 4, 128: 8}
+_RDNA = {16: 2, 32: 4, 64: 4}
 
 # By family and arithmetic. sm_90 and sm_100 have no instruction below 64 rows; bf16 and f16 share their rules.
 RULES: dict[tuple[str, str], Rule] = {
@@ -74,22 +89,22 @@ RULES: dict[tuple[str, str], Rule] = {
     ("sm_80", "f32"): Rule(_FMA, 64, 32, 3),
     ("sm_90", "bf16"): Rule(_HOPPER, 128, 64, 4),
     ("sm_90", "tf32"): Rule(_HOPPER, 128, 32, 4),
-    ("sm_90", "f32"): Rule(_FMA, 64, 32, 3),
+    ("sm_90", "f32"): Rule(_FMA, 64, 32, 3, descriptors=False),
     ("sm_100", "bf16"): Rule(_HOPPER, 128, 64, 4),
     ("sm_100", "tf32"): Rule(_HOPPER, 128, 32, 4),
-    ("sm_100", "f32"): Rule(_FMA, 64, 32, 3),
+    ("sm_100", "f32"): Rule(_FMA, 64, 32, 3, descriptors=False),
     ("sm_120", "bf16"): Rule(_GEFORCE, 128, 64, 3),
     ("sm_120", "tf32"): Rule(_GEFORCE, 128, 32, 3),
-    ("sm_120", "f32"): Rule(_FMA, 64, 32, 3),
-    ("gfx942", "bf16"): Rule(_AMPERE, 128, 64, 2, nonkdim=16),
-    ("gfx942", "tf32"): Rule(_AMPERE, 128, 32, 2, nonkdim=16),
-    ("gfx942", "f32"): Rule(_AMPERE, 128, 32, 2, nonkdim=16),
-    ("gfx950", "bf16"): Rule(_AMPERE, 128, 64, 2, nonkdim=16),
-    ("gfx950", "f32"): Rule(_AMPERE, 128, 32, 2, nonkdim=16),
-    ("gfx1100", "bf16"): Rule({16: 4, 32: 4, 64: 4}, 64, 32, 2),
-    ("gfx1100", "f32"): Rule({16: 4, 32: 4, 64: 8}, 64, 32, 2),
-    ("gfx1200", "bf16"): Rule({16: 4, 32: 4, 64: 4}, 64, 32, 2),
-    ("gfx1200", "f32"): Rule({16: 4, 32: 4, 64: 8}, 64, 32, 2),
+    ("sm_120", "f32"): Rule(_FMA, 64, 32, 3, descriptors=False),
+    ("gfx942", "bf16"): Rule(_CDNA, 128, 64, 2, nonkdim=16),
+    ("gfx942", "tf32"): Rule(_CDNA, 128, 32, 2, nonkdim=16),
+    ("gfx942", "f32"): Rule(_CDNA, 128, 32, 2, nonkdim=16),
+    ("gfx950", "bf16"): Rule(_CDNA, 128, 64, 2, nonkdim=16),
+    ("gfx950", "f32"): Rule(_CDNA, 128, 32, 2, nonkdim=16),
+    ("gfx1100", "bf16"): Rule(_RDNA, 64, 32, 2),
+    ("gfx1100", "f32"): Rule(_FMA, 64, 32, 2),
+    ("gfx1200", "bf16"): Rule(_RDNA, 64, 32, 2),
+    ("gfx1200", "f32"): Rule(_FMA, 64, 32, 2),
     ("other", "bf16"): Rule({16: 4, 32: 4, 64: 4}, 64, 32, 2),
     ("other", "f32"): Rule(_FMA, 64, 32, 2),
     # Few, large blocks.
@@ -130,14 +145,15 @@ def choose(problem: Problem, device: Device) -> Tiles:
     width = min(its.block_n, max(SMALLEST_N, power_of_2(max(2 * problem.N - 1, 1))))
     rows = problem.S // height + min(problem.S, problem.G)
     columns = -(-problem.N // width)
+    descriptors = device.descriptors and its.descriptors
     return Tiles(
         block_m=height,
         block_n=width,
         block_k=its.block_k,
         warps=its.warps[height],
         stages=_stages(its, height, width, BYTES[problem.arithmetic], device),
-        # Multiply-adds take so long that there is nothing to gain from fetching the next tile early.
-        persistent=device.descriptors and problem.arithmetic != "f32" and rows * columns >= 2 * device.units,
+        descriptors=descriptors,
+        persistent=descriptors and rows * columns >= 2 * device.units,
         band=_band(problem, height, width, device.units),
         chiplets=device.chiplets,
         nonkdim=its.nonkdim,

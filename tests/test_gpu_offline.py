@@ -64,7 +64,7 @@ _kernel:
 def test_sass_is_read() -> None:
     code = sass_instructions(SASS)
     assert len(code) == 10
-    assert code[1] == (0x10, "BRA", "0x0090 ")
+    assert code[1] == (0x10, "BRA", "@P0 0x0090 ")
     loop = main_loop(code, sass_branch, MATRIX["sm"])
     assert [place for place, _, _ in loop] == [0x20, 0x30, 0x40, 0x50, 0x60]
     assert kinds(loop, SASS_KINDS) == {"copy": 1, "shared": 1, "matrix": 2, "other": 1}
@@ -77,6 +77,24 @@ def test_amd_is_read() -> None:
         "buffer_load_dwordx4", "ds_read_b128", "v_mfma_f32_16x16x16_bf16", "s_cbranch_scc1"
     ]  # fmt: skip
     assert kinds(loop, AMD_KINDS) == {"copy": 1, "shared": 1, "matrix": 1, "other": 1}
+
+
+# Code that belongs to no loop, placed amid one; the outer loop goes back from there.
+DETOUR = """
+        /*0000*/                   MOV R1, R2 ;                              /* 0x0 */
+        /*0010*/                   HMMA.16816.F32.BF16 R4, R68, R2, R4 ;     /* 0x0 */
+        /*0020*/               @P0 BRA 0x0050 ;                              /* 0x0 */
+        /*0030*/                   STG.E [R2.64], R4 ;                       /* 0x0 */
+        /*0040*/                   BRA 0x0000 ;                              /* 0x0 */
+        /*0050*/                   LDSM.16.M88.4 R12, [R10] ;                /* 0x0 */
+        /*0060*/                   BRA 0x0010 ;                              /* 0x0 */
+        /*0070*/                   EXIT ;                                    /* 0x0 */
+"""
+
+
+def test_code_amid_a_loop_is_not_of_it() -> None:
+    loop = main_loop(sass_instructions(DETOUR), sass_branch, MATRIX["sm"])
+    assert [place for place, _, _ in loop] == [0x10, 0x20, 0x50, 0x60]
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import subprocess
 import tempfile
+from bisect import bisect_left
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
@@ -33,6 +34,8 @@ AMD_KINDS = (
     ("fma", r"v_(pk_|dual_)?fma"),
     ("sync", r"s_barrier|s_waitcnt|s_wait_|s_delay_alu|s_nop"),
 )
+# Branches without a condition, and ends; the instruction after them does not follow.
+ALWAYS = r"(BRA\S* 0x|(EXIT|RET)\S* (?!@)|s_branch |s_endpgm)"
 FMA = r"FFMA|v_(pk_|dual_)?fma"
 MATRIX = {"sm": SASS_KINDS[0][1], "gfx": AMD_KINDS[0][1]}
 
@@ -119,8 +122,9 @@ def _amd(listing: str, shared: int) -> Facts:
 
 
 def sass_instructions(listing: str) -> Code:
-    pattern = re.compile(r"^\s+/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)\s*([^;]*);", re.MULTILINE)
-    return [(int(place, 16), opcode, rest) for place, opcode, rest in pattern.findall(listing)]
+    """A predicate counts as an operand."""
+    pattern = re.compile(r"^\s+/\*([0-9a-f]{4,})\*/\s+(@!?U?P\w+\s+)?([A-Z][\w.]*)\s*([^;]*);", re.MULTILINE)
+    return [(int(place, 16), opcode, guard + rest) for place, guard, opcode, rest in pattern.findall(listing)]
 
 
 def amd_instructions(listing: str) -> Code:
@@ -158,16 +162,45 @@ def main_loop(code: Code, branch: Branch, matrix: str) -> Code:
     for place, opcode, operands in code:
         start = branch(opcode, operands)
         if start is not None and start <= place:
-            body = [entry for entry in code if start <= entry[0] <= place]
+            body = _between(code, start, place, branch)
             work = sum(multiply.match(entry[1]) is not None for entry in body)
             if work:
-                loops.append((start, place, work, body))
-    innermost = [
-        (work, body)
-        for start, end, work, body in loops
-        if not any(start <= s and e <= end and (s, e) != (start, end) for s, e, _, _ in loops)
-    ]
+                loops.append((work, body))
+    innermost = [loop for loop in loops if not any(_holds(loop[1], body) for _, body in loops)]
     return max(innermost, key=lambda loop: loop[0], default=(0, []))[1]
+
+
+def _holds(outer: Code, inner: Code) -> bool:
+    """Whether a loop has another inside: it comes by where the other starts, which does not come by its own start."""
+    return inner[0] in outer and outer[0] not in inner
+
+
+def _between(code: Code, start: int, end: int, branch: Branch) -> Code:
+    """The instructions through which the one at `end` is reached from the one at `start`: compilers place code between
+    them that belongs to no loop, or to one around it."""
+    body = [entry for entry in code if start <= entry[0] <= end]
+    places = [entry[0] for entry in body]
+    after: list[list[int]] = [[] for _ in body]
+    before: list[list[int]] = [[] for _ in body]
+    for i, (_, opcode, operands) in enumerate(body):
+        jump = branch(opcode, operands)
+        if jump is not None and start <= jump <= end:
+            after[i].append(bisect_left(places, jump))
+        if i + 1 < len(body) and not re.match(ALWAYS, f"{opcode} {operands}"):
+            after[i].append(i + 1)
+        for j in after[i]:
+            before[j].append(i)
+    kept = _reached(0, after) & _reached(len(body) - 1, before)
+    return [entry for i, entry in enumerate(body) if i in kept]
+
+
+def _reached(start: int, edges: list[list[int]]) -> set[int]:
+    seen, todo = {start}, [start]
+    while todo:
+        new = [place for place in edges[todo.pop()] if place not in seen]
+        seen.update(new)
+        todo += new
+    return seen
 
 
 def sass_load(opcode: str) -> str | None:
