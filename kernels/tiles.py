@@ -45,6 +45,7 @@ class Tiles:
     band: int
     chiplets: int
     nonkdim: int = 0
+    all_registers: bool = False
 
     @property
     def options(self) -> dict[str, Any]:
@@ -52,8 +53,7 @@ class Tiles:
         options = {"num_warps": self.warps, "num_stages": self.stages}
         if self.nonkdim:
             options["matrix_instr_nonkdim"] = self.nonkdim
-        if self.persistent:
-            # It has its unit to itself, so there is nothing to save registers for.
+        if self.all_registers:
             options["maxnreg"] = MOST_REGISTERS
         return options
 
@@ -81,6 +81,7 @@ _FMA = {16: 4, 32: 4, 64: 8}
 # Short tiles have few warps, so that each lane still loads 16 bytes of the rows.
 _CDNA = {16: 2, 32: 4, 64: 4, 128: 8}
 _RDNA = {16: 2, 32: 4, 64: 4}
+_RDNA_FMA = {16: 4, 32: 8, 64: 8}
 
 # By family and arithmetic. sm_90 and sm_100 have no instruction below 64 rows; bf16 and f16 share their rules.
 RULES: dict[tuple[str, str], Rule] = {
@@ -102,9 +103,9 @@ RULES: dict[tuple[str, str], Rule] = {
     ("gfx950", "bf16"): Rule(_CDNA, 128, 64, 2, nonkdim=16),
     ("gfx950", "f32"): Rule(_CDNA, 128, 32, 2, nonkdim=16),
     ("gfx1100", "bf16"): Rule(_RDNA, 64, 32, 2),
-    ("gfx1100", "f32"): Rule(_FMA, 64, 32, 2),
+    ("gfx1100", "f32"): Rule(_RDNA_FMA, 64, 32, 2),
     ("gfx1200", "bf16"): Rule(_RDNA, 64, 32, 2),
-    ("gfx1200", "f32"): Rule(_FMA, 64, 32, 2),
+    ("gfx1200", "f32"): Rule(_RDNA_FMA, 64, 32, 2),
     ("other", "bf16"): Rule({16: 4, 32: 4, 64: 4}, 64, 32, 2),
     ("other", "f32"): Rule(_FMA, 64, 32, 2),
     # Few, large blocks.
@@ -146,6 +147,7 @@ def choose(problem: Problem, device: Device) -> Tiles:
     rows = problem.S // height + min(problem.S, problem.G)
     columns = -(-problem.N // width)
     descriptors = device.descriptors and its.descriptors
+    persistent = descriptors and rows * columns >= 2 * device.units
     return Tiles(
         block_m=height,
         block_n=width,
@@ -153,10 +155,13 @@ def choose(problem: Problem, device: Device) -> Tiles:
         warps=its.warps[height],
         stages=_stages(its, height, width, BYTES[problem.arithmetic], device),
         descriptors=descriptors,
-        persistent=descriptors and rows * columns >= 2 * device.units,
+        persistent=persistent,
         band=_band(problem, height, width, device.units),
         chiplets=device.chiplets,
         nonkdim=its.nonkdim,
+        # The assembler spills a few registers to make room for a second program. A persistent one has its unit to
+        # itself; and multiply-adds hide their own latency.
+        all_registers=device.descriptors and (persistent or not its.descriptors),
     )
 
 

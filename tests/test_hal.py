@@ -18,6 +18,7 @@ from torch import Tensor
 
 import polymoe
 from polymoe import reference
+from polymoe.backends import triton
 from polymoe.hal.problem import OPS, Backend, Problem
 from polymoe.hal.registry import all_backends, register_backend, unregister_backend
 from polymoe.hal.select import select, serving
@@ -109,12 +110,15 @@ def test_scope_is_of_its_thread(toy: ToyBackend) -> None:
     assert results == [2]
 
 
-def test_the_best_comes_first(toy: ToyBackend) -> None:
+def test_the_best_comes_first(toy: ToyBackend, monkeypatch: pytest.MonkeyPatch) -> None:
     """The built-in backends of a device, then those from outside, then the reference."""
     names = serving(OPS["combine"].problem("cpu", torch.float32))
     assert names[-2:] == ["toy", "reference"]
     assert names[:-2] in ([], ["cpu"])
-    assert serving(OPS["combine"].problem("cuda", torch.float32)) == ["reference"]
+    for installed in (True, False):  # whether or not Triton is
+        monkeypatch.setattr(triton, "find_spec", lambda name, installed=installed: installed or None)
+        names = ["triton", "reference"] if installed else ["reference"]
+        assert serving(OPS["combine"].problem("xpu", torch.float32)) == names
 
 
 def test_an_unsupported_request_says_why(toy: ToyBackend) -> None:
