@@ -12,8 +12,9 @@ from typing import Any
 
 from polymoe.kernels.devices import Device
 
-
-MOST_REGISTERS = 255  # of a thread, on NVIDIA devices
+# Of a thread on NVIDIA devices. Left to itself the assembler spills a few to make room for a second program, which no
+# persistent one needs; and multiply-adds hide their own latency.
+MOST_REGISTERS = 255
 
 
 @dataclass(frozen=True)
@@ -32,8 +33,9 @@ class Problem:
 
 @dataclass(frozen=True)
 class Tiles:
-    """warps by program, stages of the software pipeline; whether operands come through descriptors where they can; see
-    kernels/schedule.py for band and chiplets."""
+    """warps by program, stages of the software pipeline; whether operands come through descriptors where they can;
+    registers of a thread at most, 0 for as many as the compiler likes; see kernels/schedule.py for band and chiplets.
+    """
 
     block_m: int
     block_n: int
@@ -45,7 +47,7 @@ class Tiles:
     band: int
     chiplets: int
     nonkdim: int = 0
-    all_registers: bool = False
+    registers: int = 0
 
     @property
     def options(self) -> dict[str, Any]:
@@ -53,8 +55,8 @@ class Tiles:
         options = {"num_warps": self.warps, "num_stages": self.stages}
         if self.nonkdim:
             options["matrix_instr_nonkdim"] = self.nonkdim
-        if self.all_registers:
-            options["maxnreg"] = MOST_REGISTERS
+        if self.registers:
+            options["maxnreg"] = self.registers
         return options
 
 
@@ -90,13 +92,13 @@ RULES: dict[tuple[str, str], Rule] = {
     ("sm_80", "f32"): Rule(_FMA, 64, 32, 3),
     ("sm_90", "bf16"): Rule(_HOPPER, 128, 64, 4),
     ("sm_90", "tf32"): Rule(_HOPPER, 128, 32, 4),
-    ("sm_90", "f32"): Rule(_FMA, 64, 32, 3, descriptors=False),
+    ("sm_90", "f32"): Rule(_FMA, 64, 32, 2, descriptors=False),
     ("sm_100", "bf16"): Rule(_HOPPER, 128, 64, 4),
     ("sm_100", "tf32"): Rule(_HOPPER, 128, 32, 4),
-    ("sm_100", "f32"): Rule(_FMA, 64, 32, 3, descriptors=False),
+    ("sm_100", "f32"): Rule(_FMA, 64, 32, 2, descriptors=False),
     ("sm_120", "bf16"): Rule(_GEFORCE, 128, 64, 3),
     ("sm_120", "tf32"): Rule(_GEFORCE, 128, 32, 3),
-    ("sm_120", "f32"): Rule(_FMA, 64, 32, 3, descriptors=False),
+    ("sm_120", "f32"): Rule(_FMA, 64, 32, 2, descriptors=False),
     ("gfx942", "bf16"): Rule(_CDNA, 128, 64, 2, nonkdim=16),
     ("gfx942", "tf32"): Rule(_CDNA, 128, 32, 2, nonkdim=16),
     ("gfx942", "f32"): Rule(_CDNA, 128, 32, 2, nonkdim=16),
@@ -159,9 +161,7 @@ def choose(problem: Problem, device: Device) -> Tiles:
         band=_band(problem, height, width, device.units),
         chiplets=device.chiplets,
         nonkdim=its.nonkdim,
-        # The assembler spills a few registers to make room for a second program. A persistent one has its unit to
-        # itself; and multiply-adds hide their own latency.
-        all_registers=device.descriptors and (persistent or not its.descriptors),
+        registers=MOST_REGISTERS if device.descriptors and (persistent or not its.descriptors) else 0,
     )
 
 
