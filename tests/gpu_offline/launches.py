@@ -40,8 +40,9 @@ class Launch:
 
     @cached_property
     def key(self) -> str:
-        """Equal for launches that run the same binary, as long as the sources stay the same."""
-        parts = (self.target, self.name, self.signature, self.constants, self.attributes, self.options)
+        """Equal for launches that run the same binary, as long as the sources stay the same, on every machine."""
+        options = {name: value for name, value in self.options.items() if name != "extern_libs"}  # paths
+        parts = (self.target, self.name, self.signature, self.constants, self.attributes, options)
         return hashlib.sha256(repr(parts).encode()).hexdigest()
 
     def compile(self) -> CompiledKernel:
