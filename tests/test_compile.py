@@ -145,16 +145,6 @@ def test_export() -> None:
         assert torch.equal(program.module()(x, logits), experts(x, logits, w))
 
 
-def test_a_gradient_is_refused_by_name() -> None:
-    w = Weights()
-    compiled = torch.compile(experts, fullgraph=True, dynamic=True, backend="aot_eager")
-    x = torch.randn(4, H, requires_grad=True)
-    with pytest.raises(Exception, match=r"polymoe\.experts: backward is not implemented yet"):
-        compiled(x, torch.randn(4, E), w).sum().backward()
-    with torch.no_grad():
-        compiled(x, torch.randn(4, E), w)
-
-
 def test_bad_arguments_are_named_while_compiling() -> None:
     compiled = torch.compile(polymoe.plan, fullgraph=True, backend="aot_eager")
     with pytest.raises(Exception, match=r"polymoe\.plan: num_experts: expected at least 1, got 0"):

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.library import opcheck
 
 import polymoe
-from polymoe.hal.problem import OPS
+from polymoe.hal.problem import GRADIENT_OPS, OPS
 from polymoe.hal.select import serving
 
 H, I, E, K = 8, 6, 5, 2
@@ -106,16 +106,28 @@ def test_opcheck(op: str, T: int) -> None:
 
 @pytest.mark.parametrize("op", list(OPS))
 def test_opcheck_with_gradients(op: str) -> None:
-    """Without test_aot_dispatch_dynamic, which needs a backward."""
     for backend in servers(op):
         for name, args, kwargs in samples(7, requires_grad=True):
             if name == op:
-                opcheck(
-                    getattr(torch.ops.polymoe, op).default,
-                    args,
-                    kwargs | {"backend": backend},
-                    test_utils=("test_schema", "test_autograd_registration", "test_faketensor"),
-                )
+                opcheck(getattr(torch.ops.polymoe, op).default, args, kwargs | {"backend": backend})
+
+
+def gradient_samples() -> list[Sample]:
+    T, p = 7, polymoe.plan(ids_with_skips(7), E)
+    weights, h, logits = torch.rand(T, K), torch.randn(T * K, 2 * I), torch.randn(T, E)
+    rows = torch.randn(T * K, H).bfloat16()
+    return [
+        ("row_dot", (torch.randn(T, H), rows, p.slot_row), {}),
+        ("activate_backward", (h, torch.randn(T * K, I), "swiglu"), {}),
+        ("activate_backward", (h, torch.randn(T * K, I), "geglu", None, None, True, p.row_slot, weights, True), {}),
+        ("gate_backward", (logits, torch.randn(T, K), ids_with_skips(T).clamp(max=E - 1), "softmax"), {}),
+    ]
+
+
+def test_opcheck_of_gradients() -> None:
+    assert {name for name, _, _ in gradient_samples()} == set(GRADIENT_OPS)
+    for name, args, kwargs in gradient_samples():
+        opcheck(getattr(torch.ops.polymoe, name).default, args, kwargs)
 
 
 @pytest.mark.parametrize("op", list(OPS))
@@ -123,20 +135,6 @@ def test_opcheck_of_the_routed_overload(op: str) -> None:
     for name, args, kwargs in samples(7, requires_grad=False):
         if name == op:
             opcheck(getattr(torch.ops.polymoe, op).routed, args, kwargs | {"backend": "reference"})
-
-
-@pytest.mark.parametrize("op", [op for op in OPS if op != "plan"])
-def test_backward_refuses(op: str) -> None:
-    for backend in servers(op):
-        for name, args, kwargs in samples(7, requires_grad=True):
-            if name != op:
-                continue
-            results = getattr(torch.ops.polymoe, op)(*args, **kwargs, backend=backend)
-            results = results if isinstance(results, tuple) else (results,)
-            assert results[0].requires_grad
-            assert all(result.requires_grad == result.is_floating_point() for result in results)
-            with pytest.raises(NotImplementedError, match=f"polymoe.{op}: backward is not implemented yet"):
-                results[0].sum().backward()
 
 
 def test_wrappers_record_only_where_a_gradient_is_needed() -> None:

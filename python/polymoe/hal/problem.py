@@ -21,7 +21,7 @@ class Problem(NamedTuple):
     @property
     def option(self) -> dict[str, str]:
         """The options by the names of their arguments."""
-        return dict(zip(OPS[self.op].options, self.options, strict=True))
+        return dict(zip(spec_of(self.op).options, self.options, strict=True))
 
 
 @runtime_checkable
@@ -65,4 +65,9 @@ class OpSpec:
         return Problem(self.name, device_type, dtype, tuple(self.options.values()))
 
 
-OPS: dict[str, OpSpec] = {}
+OPS: dict[str, OpSpec] = {}  # what users call
+GRADIENT_OPS: dict[str, OpSpec] = {}  # of gradients alone; the reference serves what a backend leaves out
+
+
+def spec_of(op: str) -> OpSpec:
+    return OPS[op] if op in OPS else GRADIENT_OPS[op]

@@ -4,23 +4,40 @@ An op is defined twice, as `polymoe::<op>` and as the overload `polymoe::<op>.ro
 graphs hold; C++ registers its CPU kernel there. Both have a Python kernel for every device (the router), which calls
 the backend named by the schema argument `backend`. A C++ kernel that is asked for another backend forwards to the
 overload.
+
+The gradient of an op is made of other ops, called with the same `backend`; so it runs, and compiles, like any of them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import replace
-from types import MappingProxyType
+from dataclasses import dataclass, replace
+from types import MappingProxyType, SimpleNamespace
 from typing import Any, NoReturn, TypeVar
 
 import torch
+from torch import Tensor
 
-from polymoe.hal.problem import OPS, OpSpec
+from polymoe.hal.problem import GRADIENT_OPS, OPS, OpSpec, Problem
 from polymoe.hal.registry import get
-from polymoe.hal.select import choose
+from polymoe.hal.select import choose, declined
 
 LIB = torch.library.Library("polymoe", "DEF")
 Wrapper = TypeVar("Wrapper", bound=Callable[..., Any])
+
+
+@dataclass(frozen=True)
+class Gradient:
+    """The gradient of an op.
+
+    setup    (ctx, arguments, results): saves for compute what it will need. `arguments` has the op's positional
+             arguments as attributes; ctx.needs says by name which of them want a gradient, ctx.backend is the backend
+    compute  (ctx, *gradients of the results) -> the gradients that ctx.needs asks for, by name; a gradient of a result
+             that was not used is None, but not all are
+    """
+
+    setup: Callable[..., None]
+    compute: Callable[..., dict[str, Tensor]]
 
 
 def define_op(
@@ -29,6 +46,8 @@ def define_op(
     check: Callable[..., None],
     fake: Callable[..., Any],
     options: Mapping[str, str] = MappingProxyType({}),
+    gradient: Gradient | None = None,
+    specs: dict[str, OpSpec] = OPS,
 ) -> Callable[..., Any]:
     """Defines the op `polymoe::<name>` and returns the function that calls it.
 
@@ -37,10 +56,15 @@ def define_op(
     check      takes the arguments without `backend`; raises ValueError if no backend may serve them
     fake       takes the same arguments, already checked; returns the results without data
     options    the string arguments that the choice of a backend may depend on, with their defaults
+    gradient   of the op; without one its backward is an error
+    specs      where the op is listed: among those that users call, or those that only gradients are made of
     """
 
     def route(*args: Any, backend: str = "") -> Any:
         check(*args)
+        if specs is GRADIENT_OPS and backend:
+            problem = Problem(name, args[0].device.type, args[0].dtype, option_values(args))
+            backend = backend if declined(get(backend), problem) is None else "reference"
         chosen = choose(name, args[0].device.type, args[0].dtype, option_values(args), backend or None)
         return get(chosen).implementation(name)(*args)
 
@@ -48,18 +72,12 @@ def define_op(
         check(*args)
         return fake(*args)
 
-    def backward(ctx: Any, *grads: Any) -> NoReturn:
-        raise NotImplementedError(
-            f"polymoe.{name}: backward is not implemented yet in this version; run under torch.no_grad(), or call it "
-            "with tensors that do not require grad"
-        )
-
     for overload in ("", ".routed"):
         LIB.define(f"{name}{overload}{signature}", tags=(torch.Tag.pt2_compliant_tag,))
         qualified = f"polymoe::{name}{overload}"
         LIB.impl(f"{name}{overload}", route, "CompositeExplicitAutograd")
         torch.library.register_fake(qualified, checked_fake, lib=LIB)
-        torch.library.register_autograd(qualified, backward, lib=LIB)
+        register_gradient(name, qualified, gradient)
 
     op = getattr(torch.ops.polymoe, name).default
     names = [argument.name for argument in op._schema.arguments]
@@ -76,8 +94,45 @@ def define_op(
         with torch._C._AutoDispatchBelowAutograd():
             return op(*args, backend=backend)
 
-    OPS[name] = OpSpec(name, subject=names[0], options=options, wrapper=call)
+    specs[name] = OpSpec(name, subject=names[0], options=options, wrapper=call)
     return call
+
+
+def register_gradient(name: str, qualified: str, gradient: Gradient | None) -> None:
+    if gradient is None:
+
+        def refuse(ctx: Any, *grads: Any) -> NoReturn:
+            raise NotImplementedError(f"polymoe.{name}: it has no gradient")
+
+        torch.library.register_autograd(qualified, refuse, lib=LIB)
+        return
+
+    schema = torch._library.utils.lookup_op(qualified)._schema
+    arguments = [argument.name for argument in schema.arguments if not argument.kwarg_only]
+
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], keyword_only_inputs: dict[str, Any], output: Any) -> None:
+        ctx.set_materialize_grads(False)  # an unused result costs no tensor of zeros
+        # The dispatcher drops trailing arguments that equal their defaults.
+        ctx.needs = dict.fromkeys(arguments, False) | dict(zip(arguments, ctx.needs_input_grad, strict=False))
+        ctx.backend = keyword_only_inputs["backend"]
+        gradient.setup(ctx, SimpleNamespace(**dict(zip(arguments, inputs, strict=True))), output)
+
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        with torch.no_grad():
+            unused = all(grad is None for grad in grads)
+            found = {} if unused else gradient.compute(ctx, *grads)
+        results = tuple(found.get(argument) for argument in ctx.needs)
+        return _differentiable_once(name, results) if torch.is_grad_enabled() else results
+
+    torch.library.register_autograd(qualified, backward, setup_context=setup_context, lib=LIB)
+
+
+def _differentiable_once(name: str, results: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
+    """Under create_graph: the results as they are, and an error where they are differentiated in turn."""
+    message = f"polymoe.{name}: it has no second derivative; its gradient cannot be differentiated again"
+    refuse = torch._C._functions.DelayedError(message.encode(), len(results))
+    marked: list[Any] = [None if result is None else result.detach().requires_grad_() for result in results]
+    return tuple(refuse(*marked))
 
 
 def public(wrapper: Wrapper) -> Wrapper:

@@ -1,14 +1,15 @@
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from polymoe.hal.problem import GRADIENT_OPS
 from polymoe.hal.select import select
 from polymoe.ops import _check as check_that
-from polymoe.ops._library import define_op, public
+from polymoe.ops._library import Gradient, define_op, public
 from polymoe.ops.plan import Plan
 
 
@@ -97,6 +98,69 @@ def fake(
     return h.new_empty((S, columns // 2 if KINDS[kind].gated else columns), dtype=out_dtype or h.dtype)
 
 
+def check_backward(
+    h: Tensor,
+    grad: Tensor,
+    kind: str,
+    alpha: float | None = None,
+    limit: float | None = None,
+    interleaved: bool = False,
+    row_slot: Tensor | None = None,
+    weights: Tensor | None = None,
+    need_weights: bool = False,
+) -> None:
+    op = "activate_backward"
+    check_that.dtype(op, "grad", grad, check_that.FLOATS)
+    check(h, kind, alpha, limit, interleaved, row_slot, weights, grad.dtype)
+    S, columns = h.shape
+    check_that.shape(op, "grad", grad, {"S": S, "I": columns // 2 if KINDS[kind].gated else columns})
+    check_that.device(op, "grad", grad, h)
+    if need_weights and weights is None:
+        check_that.fail(op, "need_weights", "False without weights", True)
+
+
+def fake_backward(
+    h: Tensor,
+    grad: Tensor,
+    kind: str,
+    alpha: float | None = None,
+    limit: float | None = None,
+    interleaved: bool = False,
+    row_slot: Tensor | None = None,
+    weights: Tensor | None = None,
+    need_weights: bool = False,
+) -> tuple[Tensor, Tensor]:
+    wide = torch.float64 if h.dtype == torch.float64 else torch.float32
+    d_weights = h.new_empty(weights.shape if need_weights and weights is not None else (0,), dtype=wide)
+    return h.new_empty(h.shape), d_weights
+
+
+# The gradients d_h of h's dtype and d_weights [T, K] float32 (float64 for float64), of size 0 unless asked for. The
+# gradient of h is zero where a clamp acted (strictly) and in padding rows.
+activate_backward = define_op(
+    "activate_backward",
+    "(Tensor h, Tensor grad, str kind, float? alpha=None, float? limit=None, bool interleaved=False, "
+    'Tensor? row_slot=None, Tensor? weights=None, bool need_weights=False, *, str backend="") '
+    "-> (Tensor d_h, Tensor d_weights)",
+    check_backward,
+    fake_backward,
+    options={"kind": "swiglu"},
+    specs=GRADIENT_OPS,
+)
+
+
+def setup(ctx: Any, args: Any, out: Tensor) -> None:
+    ctx.save_for_backward(args.h, args.row_slot, args.weights)
+    ctx.options = (args.kind, args.alpha, args.limit, args.interleaved)
+
+
+def gradients(ctx: Any, grad: Tensor) -> dict[str, Tensor]:
+    h, row_slot, weights = ctx.saved_tensors
+    need_weights = ctx.needs["weights"]
+    d_h, d_weights = activate_backward(h, grad, *ctx.options, row_slot, weights, need_weights, backend=ctx.backend)
+    return {"h": d_h} | ({"weights": d_weights.to(weights.dtype)} if need_weights else {})
+
+
 _activate = define_op(
     "activate",
     "(Tensor h, str kind, float? alpha=None, float? limit=None, bool interleaved=False, Tensor? row_slot=None, "
@@ -104,6 +168,7 @@ _activate = define_op(
     check,
     fake,
     options={"kind": "swiglu"},
+    gradient=Gradient(setup, gradients),
 )
 
 

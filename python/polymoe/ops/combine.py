@@ -1,12 +1,15 @@
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from polymoe.hal.select import select
 from polymoe.ops import _check as check_that
-from polymoe.ops._library import define_op, public
+from polymoe.ops._library import Gradient, define_op, public
 from polymoe.ops.plan import Plan
+from polymoe.ops.row_dot import row_dot
 
 
 def check(y: Tensor, slot_row: Tensor, weights: Tensor | None = None, out_dtype: torch.dtype | None = None) -> None:
@@ -25,11 +28,40 @@ def fake(y: Tensor, slot_row: Tensor, weights: Tensor | None = None, out_dtype: 
     return y.new_empty((slot_row.shape[0], y.shape[1]), dtype=out_dtype or y.dtype)
 
 
+def setup(ctx: Any, args: Any, out: Tensor) -> None:
+    ctx.save_for_backward(args.slot_row, args.weights, args.y if ctx.needs["weights"] else None)
+    ctx.y_dtype = args.y.dtype
+
+
+def gradients(ctx: Any, grad: Tensor) -> dict[str, Tensor]:
+    slot_row, weights, y = ctx.saved_tensors
+    found = {}
+    if ctx.needs["y"]:
+        wide = torch.promote_types(grad.dtype, ctx.y_dtype)  # so that the product is rounded once
+        factors = None if weights is None else weights.to(torch.promote_types(weights.dtype, torch.float32))
+        row_slot = _inverse(slot_row)
+        rows = torch.ops.polymoe.dispatch(grad.to(wide), row_slot, slot_row, factors, backend=ctx.backend)
+        found["y"] = rows.to(ctx.y_dtype)
+    if ctx.needs["weights"]:
+        found["weights"] = row_dot(grad, y, slot_row, backend=ctx.backend).to(weights.dtype)
+    return found
+
+
+def _inverse(slot_row: Tensor) -> Tensor:
+    """row_slot [S] of a plan, from its slot_row [T, K]."""
+    S = slot_row.shape[0] * slot_row.shape[1]
+    rows = slot_row.flatten().long()
+    slots = torch.arange(S, dtype=torch.int32, device=slot_row.device)
+    none = torch.full((S + 1,), -1, dtype=torch.int32, device=slot_row.device)  # skipped slots go to one more row
+    return none.scatter(0, rows.where(rows >= 0, S), slots)[:S]
+
+
 _combine = define_op(
     "combine",
     '(Tensor y, Tensor slot_row, Tensor? weights=None, ScalarType? out_dtype=None, *, str backend="") -> Tensor',
     check,
     fake,
+    gradient=Gradient(setup, gradients),
 )
 
 

@@ -1,11 +1,15 @@
 from __future__ import annotations
 
+from typing import Any
+
+import torch
 from torch import Tensor
 
 from polymoe.hal.select import select
 from polymoe.ops import _check as check_that
-from polymoe.ops._library import define_op, public
+from polymoe.ops._library import Gradient, define_op, public
 from polymoe.ops.plan import Plan
+from polymoe.ops.row_dot import row_dot
 
 
 def check(x: Tensor, row_slot: Tensor, slot_row: Tensor, weights: Tensor | None = None) -> None:
@@ -26,11 +30,26 @@ def fake(x: Tensor, row_slot: Tensor, slot_row: Tensor, weights: Tensor | None =
     return x.new_empty((row_slot.shape[0], x.shape[1]))
 
 
+def setup(ctx: Any, args: Any, rows: Tensor) -> None:
+    ctx.save_for_backward(args.slot_row, args.weights, args.x if ctx.needs["weights"] else None)
+
+
+def gradients(ctx: Any, grad: Tensor) -> dict[str, Tensor]:
+    slot_row, weights, x = ctx.saved_tensors
+    found = {}
+    if ctx.needs["x"]:
+        found["x"] = torch.ops.polymoe.combine(grad, slot_row, weights, backend=ctx.backend)
+    if ctx.needs["weights"]:
+        found["weights"] = row_dot(x, grad, slot_row, backend=ctx.backend).to(weights.dtype)
+    return found
+
+
 _dispatch = define_op(
     "dispatch",
     '(Tensor x, Tensor row_slot, Tensor slot_row, Tensor? weights=None, *, str backend="") -> Tensor',
     check,
     fake,
+    gradient=Gradient(setup, gradients),
 )
 
 

@@ -5,8 +5,9 @@ from torch import Tensor
 
 from polymoe.hal.select import select
 from polymoe.ops import _check as check_that
-from polymoe.ops._library import define_op, public
+from polymoe.ops._library import Gradient, define_op, public
 from polymoe.ops.activate import KINDS, check_kind
+from polymoe.ops.experts_gradient import gradients, setup
 
 WEIGHT_PLACEMENTS = ("output", "activation", "input")
 WEIGHT_FORMATS = ("plain", "packed")
@@ -119,6 +120,7 @@ _experts = define_op(
     check,
     fake,
     options={"activation": "swiglu", "weight_placement": "output", "weight_format": "plain"},
+    gradient=Gradient(setup, gradients),
 )
 
 
@@ -139,6 +141,7 @@ def experts(
     weight_placement: str = "output",
     weight_format: str = "plain",
     *,
+    recompute: bool = False,
     backend: str | None = None,
 ) -> Tensor:
     """The routed experts of a Mixture-of-Experts layer as one op: for every token, the weighted sum over its experts e
@@ -157,6 +160,8 @@ def experts(
             its rounding; DeepSeek's own code) or "input" (in dispatch, with one more rounding; Llama-4).
         weight_format: "plain", or "packed" for weights as polymoe.formats.pack_ left them: gate_up packed with
             gate_up=True where the activation is gated, and both contiguous. `interleaved` then speaks of the bias.
+        recompute: save neither the pre-activation nor the plan for the gradient, but compute them once more: the same
+            gradients, to the bit.
 
     Returns:
         [T, H] of x's dtype. On one backend, instruction set level and layout it equals, to the bit,
@@ -174,6 +179,8 @@ def experts(
         ValueError: any other shape, dtype, device or option.
     """
     chosen = select("experts", x, (activation, weight_placement, weight_format), backend)
+    tensors = (x, gate_up, down, weights, gate_up_bias, down_bias)
+    save = not recompute and torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
     out: Tensor = _experts(
         x,
         gate_up,
@@ -188,7 +195,7 @@ def experts(
         transposed,
         interleaved,
         weight_placement,
-        False,
+        save,
         weight_format,
         backend=chosen,
     )[0]

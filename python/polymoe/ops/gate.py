@@ -1,11 +1,14 @@
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
+from polymoe.hal.problem import GRADIENT_OPS
 from polymoe.hal.select import select
 from polymoe.ops import _check as check_that
-from polymoe.ops._library import define_op, public
+from polymoe.ops._library import Gradient, define_op, public
 
 SCORINGS = ("softmax", "softmax_topk", "sigmoid", "sqrtsoftplus")
 RENORMALIZE = ("none", "max", "add")
@@ -77,6 +80,55 @@ def fake(logits: Tensor, k: int, *options: object) -> tuple[Tensor, Tensor]:
     return logits.new_empty(shape, dtype=weights_dtype), logits.new_empty(shape, dtype=torch.int32)
 
 
+def check_backward(
+    logits: Tensor,
+    grad: Tensor,
+    ids: Tensor,
+    scoring: str = "softmax",
+    bias: Tensor | None = None,
+    renormalize: str = "none",
+    eps: float = 1e-20,
+    scale: float = 1.0,
+) -> None:
+    op = "gate_backward"
+    check_that.dtype(op, "ids", ids, check_that.INT32)
+    check_that.shape(op, "ids", ids, {"T": None, "K": None})
+    check(logits, ids.shape[1], scoring, bias, renormalize=renormalize)
+    check_that.shape(op, "ids", ids, {"T": logits.shape[0], "K": ids.shape[1]})
+    check_that.device(op, "ids", ids, logits)
+    check_that.dtype(op, "grad", grad, (torch.float64 if logits.dtype == torch.float64 else torch.float32,))
+    check_that.shape(op, "grad", grad, {"T": logits.shape[0], "K": ids.shape[1]})
+    check_that.device(op, "grad", grad, logits)
+
+
+def fake_backward(logits: Tensor, grad: Tensor, ids: Tensor, *options: object) -> Tensor:
+    return logits.new_empty(logits.shape)
+
+
+# The gradient of the logits, of their dtype, from that of the weights of the experts `ids` that gate chose; zero in
+# rows without an expert and where a logit of +inf was bounded.
+gate_backward = define_op(
+    "gate_backward",
+    '(Tensor logits, Tensor grad, Tensor ids, str scoring="softmax", Tensor? bias=None, str renormalize="none", '
+    'float eps=1e-20, float scale=1.0, *, str backend="") -> Tensor',
+    check_backward,
+    fake_backward,
+    options={"scoring": "softmax"},
+    specs=GRADIENT_OPS,
+)
+
+
+def setup(ctx: Any, args: Any, results: tuple[Tensor, Tensor]) -> None:
+    ctx.save_for_backward(args.logits, results[1], args.bias)
+    ctx.scoring, ctx.normaliser = args.scoring, (args.renormalize, args.eps, args.scale)
+
+
+def gradients(ctx: Any, grad: Tensor, grad_of_ids: None) -> dict[str, Tensor]:
+    logits, ids, bias = ctx.saved_tensors
+    found: Tensor = gate_backward(logits, grad, ids, ctx.scoring, bias, *ctx.normaliser, backend=ctx.backend)
+    return {"logits": found}
+
+
 _gate = define_op(
     "gate",
     '(Tensor logits, int k, str scoring="softmax", Tensor? bias=None, int n_group=1, int topk_group=1, '
@@ -85,6 +137,7 @@ _gate = define_op(
     check,
     fake,
     options={"scoring": "softmax"},
+    gradient=Gradient(setup, gradients),
 )
 
 

@@ -1,11 +1,13 @@
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from polymoe.hal.select import select
 from polymoe.ops import _check as check_that
-from polymoe.ops._library import define_op, public
+from polymoe.ops._library import Gradient, define_op, public
 
 WEIGHT_FORMATS = ("plain", "packed", "packed_gate_up")
 
@@ -86,6 +88,40 @@ def fake(
     return a.new_empty((M, N), dtype=out_dtype or a.dtype)
 
 
+def setup(ctx: Any, args: Any, out: Tensor) -> None:
+    if args.weight_format != "plain":
+        check_that.fail("grouped_mm", "weight_format", '"plain" where a gradient is needed', f'"{args.weight_format}"')
+    ctx.save_for_backward(args.a if ctx.needs["b"] else None, args.b if ctx.needs["a"] else None, args.offs)
+    ctx.dtype, ctx.cut_rows_of_a = args.a.dtype, args.a.dim() == 2
+    ctx.bias_dtype = None if args.bias is None else args.bias.dtype
+
+
+def gradients(ctx: Any, grad: Tensor) -> dict[str, Tensor]:
+    """The two products are the same two for every form: what is cut in one is the reduction of the other."""
+    a, b, offs = ctx.saved_tensors
+    grad = grad.to(ctx.dtype)
+    found = {}
+    if ctx.needs["a"]:
+        found["a"] = torch.ops.polymoe.grouped_mm(grad, b.mT, offs, backend=ctx.backend)
+    if ctx.needs["b"]:
+        found["b"] = torch.ops.polymoe.grouped_mm(a.mT, grad, offs, backend=ctx.backend)
+    if ctx.needs["bias"]:
+        found["bias"] = _sums_of_rows(grad, None if grad.dim() == 3 else offs, ctx)
+    return found
+
+
+def _sums_of_rows(grad: Tensor, offs: Tensor | None, ctx: Any) -> Tensor:
+    """A product with a row of ones: exact products, summed in float32 in a fixed order, rounded once."""
+    M = grad.shape[-2]
+    ones = torch.ones((1, M), dtype=grad.dtype, device=grad.device)
+    if offs is None:
+        ones = ones.expand(grad.shape[0], 1, M)
+    elif not ctx.cut_rows_of_a:
+        ones = ones.expand(offs.shape[0], 1, M)
+    out_dtype = ctx.bias_dtype if ctx.dtype != torch.float64 else None
+    return torch.ops.polymoe.grouped_mm(ones, grad, offs, None, out_dtype, backend=ctx.backend).squeeze(-2)
+
+
 _grouped_mm = define_op(
     "grouped_mm",
     "(Tensor a, Tensor b, Tensor? offs=None, Tensor? bias=None, ScalarType? out_dtype=None, "
@@ -93,6 +129,7 @@ _grouped_mm = define_op(
     check,
     fake,
     options={"weight_format": "plain"},
+    gradient=Gradient(setup, gradients),
 )
 
 
@@ -125,7 +162,8 @@ def grouped_mm(
 
     Returns:
         Contiguous. Sums are float32 (float64 for float64), the bias is added in float32, and the result is rounded
-        once. Rows (or columns) from offs[-1] on are zero, without bias.
+        once. Rows (or columns) from offs[-1] on are zero, without bias. The gradient is rounded to a's dtype before it
+        is multiplied; packed weights are refused where one is needed.
 
     Raises:
         ValueError: any other shape, dtype, device; offsets as above.

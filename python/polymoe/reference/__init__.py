@@ -4,11 +4,25 @@ Arithmetic is float32, or float64 for float64 inputs, and rounds exactly where t
 """
 
 from polymoe.reference.activate import activate
+from polymoe.reference.activate_backward import activate_backward
 from polymoe.reference.combine import combine
 from polymoe.reference.dispatch import dispatch
 from polymoe.reference.experts import experts
 from polymoe.reference.gate import gate
+from polymoe.reference.gate_backward import gate_backward
 from polymoe.reference.grouped_mm import grouped_mm
 from polymoe.reference.plan import plan
+from polymoe.reference.row_dot import row_dot
 
-__all__ = ["activate", "combine", "dispatch", "experts", "gate", "grouped_mm", "plan"]
+__all__ = [
+    "activate",
+    "activate_backward",
+    "combine",
+    "dispatch",
+    "experts",
+    "gate",
+    "gate_backward",
+    "grouped_mm",
+    "plan",
+    "row_dot",
+]

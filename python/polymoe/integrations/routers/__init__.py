@@ -9,8 +9,8 @@ seen to choose the same experts with the same weights before it is replaced. Its
 the model's dtypes; gate does the scoring, the choice and the weighing, and the tuple that comes back has the router's
 own members and dtypes. The order of the slots is gate's, and logits that are NaN or infinite follow gate's rules.
 
-gate has no gradient yet. A call that needs one, and a call under autocast, whose casts are part of the result, take the
-router's own forward; so does a router whose settings have changed to something that gate does not know.
+A call that needs a gradient, and a call under autocast, whose casts are part of the result, take the router's own
+forward; so does a router whose settings have changed to something that gate does not know.
 """
 
 from __future__ import annotations

@@ -1,0 +1,156 @@
+"""The gradient of experts, composed of ops on the same backend.
+
+It keeps x, the pre-activation and the plan, and nothing that they give: not the gathered x, not the activation, not the
+output of the down projection. So no product with down is repeated: the routing weight's gradient is the dot product of
+the activation and of the output's gradient sent back through down.
+"""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from polymoe.ops import _check as check_that
+from polymoe.ops.activate import activate_backward
+from polymoe.ops.row_dot import row_dot
+
+OPTIONS = ("activation", "alpha", "limit", "transposed", "interleaved", "weight_placement", "save")
+
+
+def setup(ctx: Any, args: Any, results: tuple[Tensor, ...]) -> None:
+    if args.weight_format != "plain":
+        check_that.fail("experts", "weight_format", '"plain" where a gradient is needed', f'"{args.weight_format}"')
+    ctx.mark_non_differentiable(*results[1:])
+    needs, at_input = ctx.needs, args.weight_placement == "input"
+    upstream = _needs_pre_activation_gradient(needs)
+    x_is_used = not args.save or needs["gate_up"] or (at_input and needs["weights"])
+    saved = results[1:] if args.save else (None, None, None, None)
+    ctx.save_for_backward(
+        args.x if x_is_used else None,
+        args.gate_up if needs["x"] or (at_input and needs["weights"]) or not args.save else None,
+        args.down if upstream or needs["weights"] else None,
+        args.weights,
+        args.gate_up_bias if not args.save else None,
+        args.down_bias if needs["weights"] and args.weight_placement == "output" else None,
+        None if args.save else args.ids,
+        *saved,
+    )
+    ctx.options = SimpleNamespace(**{name: getattr(args, name) for name in OPTIONS})
+    ctx.options.experts, ctx.options.dtype = args.gate_up.shape[0], args.x.dtype
+    for name in ("gate_up_bias", "down_bias"):
+        bias = getattr(args, name)
+        setattr(ctx.options, f"{name}_dtype", None if bias is None else bias.dtype)
+
+
+def _needs_pre_activation_gradient(needs: dict[str, bool]) -> bool:
+    return needs["x"] or needs["gate_up"] or needs["gate_up_bias"]
+
+
+class Saved(NamedTuple):
+    """What setup saved; None where no gradient needs it."""
+
+    x: Tensor
+    gate_up: Tensor
+    down: Tensor
+    weights: Tensor
+    gate_up_bias: Tensor | None
+    down_bias: Tensor | None
+    ids: Tensor
+    pre_activation: Tensor
+    offsets: Tensor
+    row_slot: Tensor
+    slot_row: Tensor
+
+
+def gradients(ctx: Any, grad: Tensor, *unused: None) -> dict[str, Tensor]:
+    saved, needs, options = Saved(*ctx.saved_tensors), ctx.needs, ctx.options
+    if not options.save:
+        saved = _recomputed(saved, options, ctx.backend)
+    at_input, at_output = options.weight_placement == "input", options.weight_placement == "output"
+    ops, backend, ends = torch.ops.polymoe, ctx.backend, saved.offsets[1:]
+    weights = None if at_input else saved.weights  # what multiplies the activation, or what is linear in it
+    rows = ops.dispatch(grad, saved.row_slot, saved.slot_row, backend=backend)  # [S, H]
+    found: dict[str, Tensor] = {}
+
+    act = (options.activation, options.alpha, options.limit, options.interleaved, saved.row_slot, weights)
+    if _needs_pre_activation_gradient(needs) or needs["weights"]:
+        down = saved.down.mT if options.transposed else saved.down  # [E, H, I]
+        d_activation = ops.grouped_mm(rows, down, ends, None, _wide(rows), backend=backend)
+        need_weights = needs["weights"] and not at_input
+        d_pre, d_weights = activate_backward(saved.pre_activation, d_activation, *act, need_weights, backend=backend)
+        del d_activation
+        if need_weights:
+            found["weights"] = d_weights
+        found |= _through_gate_up(saved, d_pre, needs, options, backend)
+    if needs["down"]:
+        activation = ops.activate(saved.pre_activation, *act, options.dtype, backend=backend)
+        pair = (activation.mT, rows) if options.transposed else (rows.mT, activation)
+        found["down"] = ops.grouped_mm(*pair, ends, backend=backend)
+    if needs["down_bias"]:
+        weighted = ops.dispatch(
+            grad, saved.row_slot, saved.slot_row, saved.weights if at_output else None, backend=backend
+        )
+        found["down_bias"] = _sums(weighted, ends, options.down_bias_dtype, backend)
+    if saved.down_bias is not None:  # the output of a row is its product and the bias
+        found["weights"] = found["weights"] + _bias_dot(saved, rows, backend)
+    if "weights" in found:
+        found["weights"] = found["weights"].to(saved.weights.dtype)
+    return found
+
+
+def _recomputed(saved: Saved, options: Any, backend: str) -> Saved:
+    """The plan and the pre-activation as the forward had them, to the bit."""
+    ops = torch.ops.polymoe
+    offsets, row_slot, slot_row = ops.plan(saved.ids, options.experts, backend=backend)
+    factors = saved.weights if options.weight_placement == "input" else None
+    gate_up = saved.gate_up if options.transposed else saved.gate_up.mT
+    rows = ops.dispatch(saved.x, row_slot, slot_row, factors, backend=backend)
+    pre = ops.grouped_mm(rows, gate_up, offsets[1:], saved.gate_up_bias, backend=backend)
+    return saved._replace(pre_activation=pre, offsets=offsets, row_slot=row_slot, slot_row=slot_row)
+
+
+def _through_gate_up(
+    saved: Saved, d_pre: Tensor, needs: dict[str, bool], options: Any, backend: str
+) -> dict[str, Tensor]:
+    """From the gradient of the pre-activation [S, 2I]."""
+    ops, ends, at_input = torch.ops.polymoe, saved.offsets[1:], options.weight_placement == "input"
+    factors = saved.weights if at_input else None
+    found: dict[str, Tensor] = {}
+    if needs["gate_up"]:
+        rows = ops.dispatch(saved.x, saved.row_slot, saved.slot_row, factors, backend=backend)
+        pair = (rows.mT, d_pre) if options.transposed else (d_pre.mT, rows)
+        found["gate_up"] = ops.grouped_mm(*pair, ends, backend=backend)
+    if needs["gate_up_bias"]:
+        found["gate_up_bias"] = _sums(d_pre, ends, options.gate_up_bias_dtype, backend)
+    if needs["x"] or (at_input and needs["weights"]):
+        gate_up = saved.gate_up.mT if options.transposed else saved.gate_up  # [E, 2I, H]
+        d_rows = ops.grouped_mm(d_pre, gate_up, ends, None, _wide(d_pre), backend=backend)
+        if needs["x"]:
+            found["x"] = ops.combine(d_rows, saved.slot_row, factors, options.dtype, backend=backend)
+        if at_input and needs["weights"]:
+            found["weights"] = row_dot(saved.x, d_rows, saved.slot_row, backend=backend)
+    return found
+
+
+def _sums(rows: Tensor, ends: Tensor, dtype: torch.dtype, backend: str) -> Tensor:
+    """[E, columns]: the sums over the rows of each expert, in float32, as a product with ones."""
+    ones = torch.ones((1, rows.shape[0]), dtype=rows.dtype, device=rows.device)
+    sums: Tensor = torch.ops.polymoe.grouped_mm(ones, rows, ends, None, _wide(rows), backend=backend)
+    return sums.squeeze(1).to(dtype)
+
+
+def _wide(like: Tensor) -> torch.dtype:
+    return torch.float64 if like.dtype == torch.float64 else torch.float32
+
+
+def _bias_dot(saved: Saved, rows: Tensor, backend: str) -> Tensor:
+    """[T, K]: the dot product of the output's gradient with the down bias of the slot's expert: the column of that
+    expert in the product with all biases, on the same rows."""
+    assert saved.down_bias is not None
+    bias = saved.down_bias.to(rows.dtype).unsqueeze(2)  # [E, H, 1]
+    dots = torch.ops.polymoe.grouped_mm(rows, bias, saved.offsets[1:], None, _wide(rows), backend=backend)
+    row = saved.slot_row.long()
+    return dots[:, 0][row.clamp(min=0)].where(row >= 0, 0)

@@ -1,0 +1,281 @@
+"""The gradients of the ops: against finite differences and eager PyTorch in float64, compiled, and what they cost."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.autograd import gradcheck
+
+import polymoe
+from polymoe.testing.cases import Random, routing
+from polymoe.testing.conformance import activate as activate_checks
+from polymoe.testing.targets import Target
+from polymoe.testing.tolerances import assert_same_bits, relative_frobenius, unit_roundoff
+
+T, H, I, E, K = 6, 5, 4, 4, 2
+S = T * K
+
+
+@pytest.fixture(params=["reference", "cpu"])
+def backend(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+class Inputs:
+    """Float64 inputs that want gradients."""
+
+    def __init__(self, seed: int) -> None:
+        self.random = Random(seed)
+        self.ids = routing(self.random, "skipping", T, K, E)
+        self.plan = polymoe.plan(self.ids, E)
+
+    def normal(self, *shape: int) -> Tensor:
+        return self.random.normal(*shape, dtype=torch.float64).requires_grad_()
+
+
+# --- against finite differences -------------------------------------------------------------------------------------
+
+
+def test_rows(backend: str, seed: int) -> None:
+    made = Inputs(seed)
+    x, y, weights = made.normal(T, H), made.normal(S, H), made.normal(T, K)
+    with polymoe.use_backend(backend):
+        assert gradcheck(lambda x, w: polymoe.dispatch(x, made.plan, w), (x, weights))
+        assert gradcheck(lambda x: polymoe.dispatch(x, made.plan), (x,))
+        assert gradcheck(lambda y, w: polymoe.combine(y, made.plan, w), (y, weights))
+        assert gradcheck(lambda y: polymoe.combine(y, made.plan), (y,))
+
+
+@pytest.mark.parametrize("form", ["2x3", "3x2", "2x2", "3x3"])
+def test_grouped_mm(form: str, backend: str, seed: int) -> None:
+    made, G, M, N, D = Inputs(seed), 3, 6, 7, 8
+    a = made.normal(M, D) if form[0] == "2" else made.normal(G, M, D)
+    b = made.normal(D, N) if form[2] == "2" else made.normal(G, D, N)
+    bias = made.normal(N) if form == "3x2" else made.normal(G, N)
+    offs = None if form == "3x3" else torch.tensor([2, 2, 5])  # an empty group, and something past the last
+    assert gradcheck(lambda *args: polymoe.grouped_mm(args[0], args[1], offs, args[2], backend=backend), (a, b, bias))
+
+
+@pytest.mark.parametrize("kind", activate_checks.KINDS, ids=lambda kind: str(kind[0]))
+@pytest.mark.parametrize("interleaved", [False, True], ids=["halves", "interleaved"])
+def test_activate(kind: tuple[str, Any, Any], interleaved: bool, backend: str, seed: int) -> None:
+    name, alpha, limit = kind
+    ungated = name in activate_checks.UNGATED
+    if ungated and interleaved:
+        pytest.skip("it has no gate")
+    made = Inputs(seed)
+    h, weights = made.normal(S, I if ungated else 2 * I), made.normal(T, K)
+
+    def call(h: Tensor, weights: Tensor) -> Tensor:
+        return polymoe.activate(h, name, alpha, limit, interleaved, made.plan, weights, backend=backend)
+
+    assert gradcheck(call, (h, weights))
+    assert gradcheck(lambda h: polymoe.activate(h, name, alpha, limit, interleaved, backend=backend), (h,))
+
+
+def test_a_clamp_has_no_slope_where_it_acted_and_all_of_it_at_its_ends(backend: str) -> None:
+    h = torch.tensor([[2.0, 3.0, 2.0, -2.0, 2.5, -3.0]], requires_grad=True)  # gate 2, 3, 2; up -2, 2.5, -3
+    polymoe.activate(h, "swiglu_clamped", limit=2.0, backend=backend).sum().backward()
+    assert h.grad is not None
+    assert ((h.grad != 0) == torch.tensor([[True, False, True, True, False, False]])).all()
+
+
+@pytest.mark.parametrize("scoring", ["softmax", "softmax_topk", "sigmoid", "sqrtsoftplus"])
+@pytest.mark.parametrize("renormalize", ["none", "max", "add"])
+@pytest.mark.parametrize("given", [False, True], ids=["selected", "given"])
+def test_gate(scoring: str, renormalize: str, given: bool, backend: str, seed: int) -> None:
+    made = Inputs(seed)
+    logits, bias = made.normal(T, 8), made.normal(8).detach()
+    mask = torch.arange(T) != 1
+    options: dict[str, Any] = {"renormalize": renormalize, "scale": 2.5, "token_mask": mask, "backend": backend}
+    chosen = polymoe.gate(logits.detach(), K, scoring, bias, 4, 2, 2)[1]
+    chosen[2, 0] = -1
+
+    def call(logits: Tensor) -> Tensor:
+        if given:
+            return polymoe.gate(logits, K, scoring, indices=chosen, **options)[0]
+        return polymoe.gate(logits, K, scoring, bias, 4, 2, 2, **options)[0]
+
+    assert gradcheck(call, (logits,))
+
+
+ACTIVATIONS = {
+    "swiglu": {},
+    "swiglu_clamped": {"limit": 0.7, "interleaved": True},
+    "swiglu_oai": {"limit": 0.9},
+    "relu2": {},
+}
+
+
+@pytest.mark.parametrize("placement", ["output", "activation", "input"])
+@pytest.mark.parametrize("activation", list(ACTIVATIONS))
+@pytest.mark.parametrize("transposed", [False, True], ids=["plain", "transposed"])
+def test_experts(placement: str, activation: str, transposed: bool, backend: str, seed: int) -> None:
+    made = Inputs(seed)
+    P = I if activation == "relu2" else 2 * I
+    x, weights = made.normal(T, H), made.normal(T, K)
+    gate_up = made.normal(*((E, H, P) if transposed else (E, P, H)))
+    down = made.normal(*((E, I, H) if transposed else (E, H, I)))
+    biases = made.normal(E, P), made.normal(E, H)
+    options = {"transposed": transposed, "weight_placement": placement, "backend": backend} | ACTIVATIONS[activation]
+
+    def call(x: Tensor, gate_up: Tensor, down: Tensor, weights: Tensor, *biases: Tensor, **more: bool) -> Tensor:
+        named = dict(zip(("gate_up_bias", "down_bias"), biases, strict=False))
+        return polymoe.experts(x, gate_up, down, weights, made.ids, activation, **named, **options, **more)
+
+    tensors = (x, gate_up, down, weights)
+    assert gradcheck(call, tensors)
+    assert gradcheck(call, (*tensors, *biases))
+
+    every = torch.autograd.grad(call(*tensors, *biases).square().sum(), (*tensors, *biases))
+    again = torch.autograd.grad(call(*tensors, *biases, recompute=True).square().sum(), (*tensors, *biases))
+    for got, expected in zip(again, every, strict=True):
+        assert_same_bits(got, expected, "recompute")
+    for wanted, expected in enumerate(every):  # each gradient alone: nothing it needs is left out
+        frozen = [t if i == wanted else t.detach() for i, t in enumerate((*tensors, *biases))]
+        (alone,) = torch.autograd.grad(call(*frozen).square().sum(), frozen[wanted])
+        assert_same_bits(alone, expected, f"gradient {wanted} alone")
+
+
+# --- precision ------------------------------------------------------------------------------------------------------
+
+
+def eager(x: Tensor, gate_up: Tensor, down: Tensor, weights: Tensor, ids: Tensor) -> Tensor:
+    """The loop over experts of Transformers."""
+    out = torch.zeros_like(x)
+    for e in range(gate_up.shape[0]):
+        token, slot = torch.where(ids == e)
+        gate, up = (x[token] @ gate_up[e].T).chunk(2, dim=-1)
+        y = (torch.nn.functional.silu(gate) * up) @ down[e].T
+        out = out.index_add(0, token, (y * weights[token, slot, None]).to(x.dtype))
+    return out
+
+
+def layer_gradients(function: Callable[..., Tensor], made: list[Tensor], ids: Tensor, grad: Tensor) -> list[Tensor]:
+    tensors = [tensor.detach().requires_grad_() for tensor in made]
+    return list(torch.autograd.grad(function(*tensors, ids), tensors, grad.to(tensors[0].dtype)))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_experts_are_as_precise_as_eager(dtype: torch.dtype, target: Target, seed: int) -> None:
+    random, tokens, hidden, inner, experts, k = Random(seed), 96, 64, 48, 5, 3
+    made = [
+        random.normal(tokens, hidden, dtype=dtype),
+        random.matrix(experts, 2 * inner, hidden, dtype=dtype),
+        random.matrix(experts, hidden, inner, dtype=dtype),
+        random.weights(tokens, k),
+    ]
+    ids, grad = routing(random, "distinct", tokens, k, experts), random.normal(tokens, hidden, dtype=dtype)
+    truth = layer_gradients(eager, [tensor.double() for tensor in made], ids, grad)
+    theirs = layer_gradients(eager, made, ids, grad)
+    ours = layer_gradients(lambda *args: polymoe.experts(*args, backend=target.backend), made, ids, grad)
+    for name, a, b, c in zip(("x", "gate_up", "down", "weights"), ours, theirs, truth, strict=True):
+        assert a.dtype == b.dtype
+        # A gradient of few outputs may be off by its own rounding more than eager's happens to be.
+        assert relative_frobenius(a, c) <= 1.05 * relative_frobenius(b, c) + unit_roundoff(dtype) / 4, name
+
+
+def test_experts_give_the_same_bits_at_any_thread_count_and_in_any_batch(seed: int) -> None:
+    random, tokens = Random(seed), 40
+    made = [random.normal(tokens, 96), random.matrix(6, 128, 96, dtype=torch.float32)]
+    made += [random.matrix(6, 96, 64, dtype=torch.float32), random.weights(tokens, 2)]
+    ids, grad = routing(random, "skipping", tokens, 2, 6), random.normal(tokens, 96)
+    before = torch.get_num_threads()
+    try:
+        found = []
+        for threads in (1, 2, 3, 4):
+            torch.set_num_threads(threads)
+            found.append(layer_gradients(lambda *args: polymoe.experts(*args, backend="cpu"), made, ids, grad))
+    finally:
+        torch.set_num_threads(before)
+    for other in found[1:]:
+        for got, expected in zip(other, found[0], strict=True):
+            assert_same_bits(got, expected, "threads")
+    few = random.permutation(tokens)[:7]
+    part = [made[0][few], made[1], made[2], made[3][few]]
+    alone = layer_gradients(lambda *args: polymoe.experts(*args, backend="cpu"), part, ids[few], grad[few])
+    assert_same_bits(alone[0], found[0][0][few], "the gradient of x in another batch")
+
+
+# --- cost, compilation, refusals ------------------------------------------------------------------------------------
+
+
+def saved_bytes(call: Callable[[], Any], known: list[Tensor]) -> int:
+    """Bytes saved for the backward by `call`, without the tensors `known`."""
+    sizes: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        if tensor.data_ptr() not in {t.data_ptr() for t in known}:
+            sizes[tensor.data_ptr()] = tensor.nbytes
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        call()
+    return sum(sizes.values())
+
+
+def test_what_experts_save() -> None:
+    x, weights = torch.randn(32, 16, dtype=torch.bfloat16), torch.rand(32, 2)
+    gate_up, down = torch.randn(4, 24, 16, dtype=torch.bfloat16), torch.randn(4, 16, 12, dtype=torch.bfloat16)
+    ids = torch.randint(0, 4, (32, 2))
+
+    def saved(*wanted: Tensor, **options: Any) -> int:
+        given = [x, gate_up, down, weights]
+        tensors = [t.detach().requires_grad_(any(t is w for w in wanted)) for t in given]
+        known = [gate_up, down, weights]
+        return saved_bytes(lambda: polymoe.experts(*tensors, ids, **options), known)
+
+    plan_and_pre_activation = 2 * 64 * 24 + 4 * (5 + 64 + 64)
+    assert saved(x, gate_up, down, weights) == x.nbytes + plan_and_pre_activation
+    assert saved(x, weights) == plan_and_pre_activation  # frozen experts
+    assert saved(gate_up) == x.nbytes + plan_and_pre_activation
+    assert saved(x, gate_up, down, weights, recompute=True) == x.nbytes + ids.nbytes
+    assert saved() == 0
+
+
+@pytest.fixture
+def fresh_dynamo() -> Iterator[None]:
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+@pytest.mark.usefixtures("fresh_dynamo")
+def test_compiles_forward_and_backward_once_for_any_length(backend: str, seed: int) -> None:
+    torch.manual_seed(seed)
+    gate_up, down = (torch.randn(shape, requires_grad=True) for shape in ((E, 2 * I, H), (E, H, I)))
+
+    def layer(x: Tensor, logits: Tensor) -> Tensor:
+        weights, ids = polymoe.gate(logits, K, "sqrtsoftplus", renormalize=True, backend=backend)
+        fused = polymoe.experts(x, gate_up, down, weights, ids, "swiglu_clamped", limit=2.0, backend=backend)
+        p = polymoe.plan(ids, E, backend=backend)
+        rows = polymoe.dispatch(x, p, weights, backend=backend)
+        return fused + polymoe.combine(polymoe.activate(rows, "silu", backend=backend), p, backend=backend)
+
+    compiled = torch.compile(layer, fullgraph=True, dynamic=True, backend="aot_eager")
+    for tokens in (5, 9):
+        x, logits = torch.randn(tokens, H, requires_grad=True), torch.randn(tokens, E, requires_grad=True)
+        wanted = (x, logits, gate_up, down)
+        expected = torch.autograd.grad(layer(x, logits).square().sum(), wanted)
+        for got, one in zip(torch.autograd.grad(compiled(x, logits).square().sum(), wanted), expected, strict=True):
+            torch.testing.assert_close(got, one, rtol=1e-5, atol=1e-6)
+
+
+def test_a_second_derivative_is_refused(backend: str) -> None:
+    x, p = torch.randn(T, H, requires_grad=True), polymoe.plan(torch.randint(0, E, (T, K)), E)
+    (first,) = torch.autograd.grad(polymoe.dispatch(x, p, backend=backend).square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match=r"polymoe\.dispatch: it has no second derivative"):
+        first.sum().backward()
+
+
+def test_packed_weights_are_refused_where_a_gradient_is_needed() -> None:
+    x = torch.randn(T, 32, requires_grad=True)
+    gate_up, down = torch.randn(E, 64, 32), torch.randn(E, 32, 32)
+    with pytest.raises(ValueError, match='weight_format: expected "plain" where a gradient is needed'):
+        polymoe.experts(
+            x, gate_up, down, torch.rand(T, K), torch.zeros(T, K, dtype=torch.int32), weight_format="packed"
+        )
