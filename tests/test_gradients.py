@@ -9,8 +9,10 @@ import pytest
 import torch
 from torch import Tensor
 from torch.autograd import gradcheck
+from torch.utils.checkpoint import checkpoint
 
 import polymoe
+import polymoe.nn
 from polymoe.testing.cases import Random, routing
 from polymoe.testing.conformance import activate as activate_checks
 from polymoe.testing.targets import Target
@@ -263,6 +265,19 @@ def test_compiles_forward_and_backward_once_for_any_length(backend: str, seed: i
         expected = torch.autograd.grad(layer(x, logits).square().sum(), wanted)
         for got, one in zip(torch.autograd.grad(compiled(x, logits).square().sum(), wanted), expected, strict=True):
             torch.testing.assert_close(got, one, rtol=1e-5, atol=1e-6)
+
+
+def test_a_layer_checkpointed_has_the_same_gradients(seed: int) -> None:
+    torch.manual_seed(seed)
+    layer = polymoe.nn.MoE(polymoe.nn.Router(16, E, K), polymoe.nn.Experts(E, 16, 8))
+    for parameter in layer.parameters():
+        torch.nn.init.normal_(parameter)
+    x = torch.randn(10, 16, requires_grad=True)
+    wanted = [x, *layer.parameters()]
+    expected = torch.autograd.grad(layer(x).square().sum(), wanted)
+    found = torch.autograd.grad(checkpoint(layer, x, use_reentrant=False).square().sum(), wanted)
+    for got, one in zip(found, expected, strict=True):
+        assert_same_bits(got, one, "checkpointed")
 
 
 def test_a_second_derivative_is_refused(backend: str) -> None:
