@@ -4,7 +4,7 @@
 #include <cstring>
 #include <optional>
 
-#include "activation_spec.h"
+#include "activation_rows.h"
 #include "check.h"
 #include "route.h"
 #include "row_op.h"
@@ -14,43 +14,6 @@ namespace {
 
 constexpr const char* kOp = "activate";
 
-// Reads a part of a row as f32 (f64 for f64).
-struct Reader {
-  Operand matrix;
-  Dtype dtype;
-  void (*widen_row)(const void*, void*, int64_t);
-
-  const char* read(int64_t row, int64_t begin, int64_t n, char* wide) const {
-    char* const copy = scratch(Scratch::row, kTileColumns * 8);
-    const bool is_wide = dtype == Dtype::f32 || dtype == Dtype::f64;
-    const char* const narrow = contiguous_row(matrix, row, begin, n, size_of(dtype), is_wide ? wide : copy);
-    if (is_wide) return narrow;
-    widen_row(narrow, wide, n);
-    return wide;
-  }
-};
-
-struct Halves {
-  Operand gate, up;
-};
-
-Halves split(const at::Tensor& h, int64_t I, bool interleaved) {
-  const Operand all = rows_of(h);
-  if (!interleaved) return {all, {all.data + I * all.d_stride, all.row_stride, all.d_stride}};
-  return {{all.data, all.row_stride, 2 * all.d_stride}, {all.data + all.d_stride, all.row_stride, 2 * all.d_stride}};
-}
-
-// Contiguous weights by slot; undefined when there are none.
-at::Tensor check_weights(const at::Tensor& h, const std::optional<at::Tensor>& row_slot,
-                         const std::optional<at::Tensor>& weights, at::ScalarType result) {
-  if (!weights) return {};
-  POLYMOE_CHECK(row_slot.has_value(), kOp, "weights", "nothing without a plan", describe(*weights));
-  POLYMOE_CHECK(weights->dim() == 2 && weights->numel() == h.size(0), kOp, "weights",
-                c10::str("a tensor [T, K] with T*K=", h.size(0)), describe(*weights));
-  return routing_weights(kOp, weights, {at::kFloat, h.scalar_type(), result}, weights->size(0), weights->size(1),
-                         kernel_dtype(h.scalar_type()));
-}
-
 at::Tensor activate_cpu(const at::Tensor& h, c10::string_view kind, std::optional<double> alpha,
                         std::optional<double> limit, bool interleaved, const std::optional<at::Tensor>& row_slot,
                         const std::optional<at::Tensor>& weights, std::optional<at::ScalarType> out_dtype,
@@ -59,19 +22,11 @@ at::Tensor activate_cpu(const at::Tensor& h, c10::string_view kind, std::optiona
   check_dtype(kOp, "h", h, {at::kFloat, at::kBFloat16, at::kHalf, at::kDouble});
   const ActivationSpec spec = parse_activation(kOp, "kind", kind, alpha, limit);
   const bool gated = is_gated(spec.kind);
-  check_shape(kOp, "h", h, {{"S"}, {gated ? "2I" : "I"}});
-  POLYMOE_CHECK(!interleaved || gated, kOp, "interleaved", c10::str("False for ", kind, ", which has no gate"), "True");
-  POLYMOE_CHECK(!gated || h.size(1) % 2 == 0, kOp, "h", "an even number of columns 2I", describe(h));
+  check_activation_rows(kOp, h, kind, gated, interleaved);
   const int64_t S = h.size(0), I = gated ? h.size(1) / 2 : h.size(1);
   const at::ScalarType result = output_dtype(kOp, out_dtype, h.scalar_type());
-  at::Tensor slots;
-  if (row_slot) {
-    check_cpu(kOp, "row_slot", *row_slot);
-    check_dtype(kOp, "row_slot", *row_slot, {at::kInt});
-    check_shape(kOp, "row_slot", *row_slot, {{"S", S}});
-    slots = plan_indices(kOp, "row_slot", *row_slot, S);
-  }
-  const at::Tensor w = check_weights(h, row_slot, weights, result);
+  const at::Tensor slots = activation_slots(kOp, row_slot, S);
+  const at::Tensor w = activation_weights(kOp, h, row_slot, weights, result);
 
   const Dtype in = kernel_dtype(h.scalar_type()), to = kernel_dtype(result);
   const LevelTable& table = level_table(in);

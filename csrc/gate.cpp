@@ -12,14 +12,12 @@
 
 #include "check.h"
 #include "route.h"
-#include "row_op.h"
+#include "router.h"
 
 namespace polymoe {
 namespace {
 
 constexpr const char* kOp = "gate";
-
-enum class Renormalize { none, max, add };
 
 struct Options {
   int64_t T, E, k;
@@ -28,9 +26,6 @@ struct Options {
   Renormalize renormalize;
   double eps, scale;
 };
-
-template <class T>
-constexpr T kNever = -std::numeric_limits<T>::infinity();
 
 // The experts of larger key first, and of equal keys the smaller index.
 template <class T>
@@ -72,41 +67,27 @@ template <class T>
 class Router {
  public:
   Router(const Options& options, const LevelTable& table, Dtype logits_dtype, const T* bias)
-      : o_(options),
-        padded_(padded(options.E)),
-        table_(table),
-        widen_row_(table.rows->widen_row[static_cast<int>(logits_dtype)]),
-        logits_(size_t(padded_), std::numeric_limits<T>::quiet_NaN()),
-        score_(size_t(padded_)),
-        key_(size_t(padded_)),
-        chosen_(size_t(options.k)),
-        bias_(bias) {}
+      : o_(options), table_(table), scores_(options.scoring, options.E, table, logits_dtype, bias) {}
 
-  // Experts with those that only fill up the last vector.
-  static int64_t padded(int64_t experts) { return ceil_div(experts, kScorePadding) * kScorePadding; }
-
-  void score(const void* logits) {
-    widen_row_(logits, logits_.data(), o_.E);
-    table_.score->score_row[kDtype](o_.scoring, logits_.data(), bias_, score_.data(), key_.data(), padded_);
-  }
+  void score(const void* logits) { scores_.read(logits); }
 
   void select(int32_t* ids) {
     if (o_.n_group > 1) keep_best_groups();
-    select_best(key_.data(), o_.E, o_.k, order_, ids);
+    select_best(scores_.key.data(), o_.E, o_.k, order_, ids);
   }
 
   template <class Id>
   void take_given(const Id* given, int64_t stride, int32_t* ids) {
     for (int64_t i = 0; i < o_.k; ++i) {
       const int64_t id = given[i * stride];
-      const bool usable = id >= 0 && id < o_.E && key_[static_cast<size_t>(id)] > kNever<T>;
+      const bool usable = id >= 0 && id < o_.E && scores_.key[static_cast<size_t>(id)] > kNever<T>;
       ids[i] = usable ? static_cast<int32_t>(id) : -1;
     }
   }
 
   void weigh(const int32_t* ids, T* weights) {
-    for (int64_t i = 0; i < o_.k; ++i) weights[i] = ids[i] < 0 ? T(0) : score_[static_cast<size_t>(ids[i])];
-    if (o_.scoring == Scoring::softmax_topk) softmax(ids, weights);
+    for (int64_t i = 0; i < o_.k; ++i) weights[i] = ids[i] < 0 ? T(0) : scores_.score[static_cast<size_t>(ids[i])];
+    if (o_.scoring == Scoring::softmax_topk) softmax_of_chosen(table_, ids, o_.k, weights);
     if (o_.renormalize != Renormalize::none) {
       const T total = std::accumulate(weights, weights + o_.k, T(0)), eps = static_cast<T>(o_.eps);
       const T divisor = o_.renormalize == Renormalize::max ? std::max(total, eps) : total + eps;
@@ -117,15 +98,13 @@ class Router {
   }
 
  private:
-  static constexpr int kDtype = static_cast<int>(std::is_same_v<T, double> ? Dtype::f64 : Dtype::f32);
-
   // Takes the experts of all but the best groups out of the selection.
   void keep_best_groups() {
     const int64_t size = o_.E / o_.n_group;
     group_score_.resize(static_cast<size_t>(o_.n_group));
     best_.resize(static_cast<size_t>(o_.group_top));
     for (int64_t g = 0; g < o_.n_group; ++g) {
-      const T* const keys = key_.data() + g * size;
+      const T* const keys = scores_.key.data() + g * size;
       select_best(keys, size, o_.group_top, order_, best_.data());
       T total = best_[0] < 0 ? kNever<T> : T(0);
       for (const int32_t e : best_) total += e < 0 ? T(0) : keys[e];
@@ -135,45 +114,15 @@ class Router {
     std::iota(order_.begin(), order_.end(), 0);
     std::partial_sort(order_.begin(), order_.begin() + o_.topk_group, order_.end(), better(group_score_.data()));
     for (int64_t i = o_.topk_group; i < o_.n_group; ++i)
-      std::fill_n(key_.data() + order_[static_cast<size_t>(i)] * size, size, kNever<T>);
-  }
-
-  // Over the chosen experts, whose logits `weights` holds.
-  void softmax(const int32_t* ids, T* weights) {
-    T most = std::numeric_limits<T>::lowest();
-    for (int64_t i = 0; i < o_.k; ++i)
-      if (ids[i] >= 0) most = std::max(most, weights[i]);
-    table_.score->exp_row[kDtype](weights, &most, chosen_.data(), o_.k);
-    T total = 0;
-    for (int64_t i = 0; i < o_.k; ++i)
-      if (ids[i] >= 0) total += chosen_[static_cast<size_t>(i)];
-    for (int64_t i = 0; i < o_.k; ++i) weights[i] = ids[i] < 0 ? T(0) : chosen_[static_cast<size_t>(i)] / total;
+      std::fill_n(scores_.key.data() + order_[static_cast<size_t>(i)] * size, size, kNever<T>);
   }
 
   const Options& o_;
-  const int64_t padded_;
   const LevelTable& table_;
-  void (*const widen_row_)(const void*, void*, int64_t);
-  std::vector<T> logits_, score_, key_, chosen_, group_score_;
+  Scores<T> scores_;
+  std::vector<T> group_score_;
   std::vector<int32_t> order_, best_;
-  const T* const bias_;
 };
-
-Scoring parse_scoring(c10::string_view name) {
-  if (name == "softmax") return Scoring::softmax;
-  if (name == "softmax_topk") return Scoring::softmax_topk;
-  if (name == "sigmoid") return Scoring::sigmoid;
-  POLYMOE_CHECK(name == "sqrtsoftplus", kOp, "scoring", "one of softmax, softmax_topk, sigmoid, sqrtsoftplus", "\"",
-                name, "\"");
-  return Scoring::sqrtsoftplus;
-}
-
-Renormalize parse_renormalize(c10::string_view name) {
-  if (name == "none") return Renormalize::none;
-  if (name == "max") return Renormalize::max;
-  POLYMOE_CHECK(name == "add", kOp, "renormalize", "one of none, max, add", "\"", name, "\"");
-  return Renormalize::add;
-}
 
 void check_groups(const Options& o) {
   POLYMOE_CHECK(o.n_group >= 1 && o.E % o.n_group == 0, kOp, "n_group", c10::str("a divisor of E = ", o.E), o.n_group);
@@ -189,14 +138,7 @@ void check_groups(const Options& o) {
 
 void check_tensors(const Options& o, const at::Tensor& logits, const std::optional<at::Tensor>& bias,
                    const std::optional<at::Tensor>& indices, const std::optional<at::Tensor>& token_mask) {
-  if (bias) {
-    check_cpu(kOp, "bias", *bias);
-    if (logits.scalar_type() == at::kDouble)
-      check_dtype(kOp, "bias", *bias, {at::kFloat, at::kDouble});
-    else
-      check_dtype(kOp, "bias", *bias, {at::kFloat});
-    check_shape(kOp, "bias", *bias, {{"E", o.E}});
-  }
+  check_gate_bias(kOp, logits, bias);
   if (indices) {
     check_cpu(kOp, "indices", *indices);
     check_dtype(kOp, "indices", *indices, {at::kInt, at::kLong});
@@ -218,11 +160,7 @@ void route(const Options& o, const at::Tensor& logits, const std::optional<at::T
   const Dtype dtype = kernel_dtype(logits.scalar_type());
   const LevelTable& table = level_table(dtype);
   const Operand rows = rows_of(logits);
-  std::vector<T> padded_bias(size_t(Router<T>::padded(o.E)));
-  if (bias) {
-    const at::Tensor wide = bias->to(c10::CppTypeToScalarType<T>::value).contiguous();
-    std::copy_n(wide.const_data_ptr<T>(), o.E, padded_bias.begin());
-  }
+  const std::vector<T> bias_row = padded_bias<T>(bias, o.E);
 
   const auto one = [&](Router<T>& router, int64_t t, char* copy) {
     int32_t* const row_ids = ids + t * o.k;
@@ -247,7 +185,7 @@ void route(const Options& o, const at::Tensor& logits, const std::optional<at::T
   DynamicTasks queue(o.T);
   const int tasks = o.T * o.E < kSerialLogits ? 1 : static_cast<int>(std::min<int64_t>(num_threads(), o.T));
   parallel_region(tasks, [&](int) {
-    Router<T> router(o, table, dtype, padded_bias.data());
+    Router<T> router(o, table, dtype, bias_row.data());
     std::vector<char> copy(static_cast<size_t>(o.E * size_of(dtype)));
     for (Range range = queue.next(kTokensAtOnce); !range.empty(); range = queue.next(kTokensAtOnce))
       for (int64_t t = range.begin; t < range.end; ++t) one(router, t, copy.data());
@@ -264,8 +202,9 @@ std::tuple<at::Tensor, at::Tensor> gate_cpu(const at::Tensor& logits, int64_t k,
   check_shape(kOp, "logits", logits, {{"T"}, {"E"}});
   const int64_t T = logits.size(0), E = logits.size(1);
   POLYMOE_CHECK(k >= 1 && k <= E, kOp, "k", c10::str("1 <= k <= E = ", E), k);
-  const Options options{
-      T, E, k, parse_scoring(scoring), n_group, topk_group, group_top, parse_renormalize(renormalize), eps, scale};
+  const Options options{T,       E,          k,         parse_scoring(kOp, scoring),
+                        n_group, topk_group, group_top, parse_renormalize(kOp, renormalize),
+                        eps,     scale};
   check_groups(options);
   check_tensors(options, logits, bias, indices, token_mask);
 

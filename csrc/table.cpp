@@ -2,14 +2,15 @@
 
 #include "isa.h"
 
-#define POLYMOE_LEVEL_TABLES(level)              \
-  namespace polymoe::level {                     \
-  extern const GemmTable plain_gemm_table;       \
-  extern const GemmTable packed_gemm_table;      \
-  extern const RowGemmTable row_gemm_table;      \
-  extern const ActivationTable activation_table; \
-  extern const RowTable row_table;               \
-  extern const ScoreTable score_table;           \
+#define POLYMOE_LEVEL_TABLES(level)                               \
+  namespace polymoe::level {                                      \
+  extern const GemmTable plain_gemm_table;                        \
+  extern const GemmTable packed_gemm_table;                       \
+  extern const RowGemmTable row_gemm_table;                       \
+  extern const ActivationTable activation_table;                  \
+  extern const ActivationGradientTable activation_gradient_table; \
+  extern const RowTable row_table;                                \
+  extern const ScoreTable score_table;                            \
   }
 
 POLYMOE_LEVEL_TABLES(portable)
@@ -26,6 +27,7 @@ namespace {
   {{&level::plain_gemm_table, &level::packed_gemm_table}, \
    &level::row_gemm_table,                                \
    &level::activation_table,                              \
+   &level::activation_gradient_table,                     \
    &level::row_table,                                     \
    &level::score_table}
 

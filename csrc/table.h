@@ -13,6 +13,7 @@ struct LevelTable {
   const GemmTable* gemm[kWeightFormats];
   const RowGemmTable* row_gemm;
   const ActivationTable* activation;
+  const ActivationGradientTable* activation_gradient;
   const RowTable* rows;
   const ScoreTable* score;
 };

@@ -45,4 +45,18 @@ struct ActivationTable {
                                 void* out, int64_t n);
 };
 
+// A part of a row, as the gradient of an activation sees it. Inputs are f32, or f64 where the outputs are f64.
+struct ActivationGradient {
+  const void *gate, *up;  // of the forward; `up` is null for ungated kinds
+  const void* grad;       // of the result
+  const void* weight;     // one number, or null
+  void *d_gate, *d_up;    // rounded once; d_up is null for ungated kinds
+  void* dot;              // f32 (f64): the sum of grad[i] * activation[i], without the weight
+};
+
+struct ActivationGradientTable {
+  // n is at most 2048, so that a lane of the dot product sums few terms. By the type of d_gate and d_up.
+  void (*gradient_row[kDtypes])(const ActivationSpec& spec, const ActivationGradient& row, int64_t n);
+};
+
 }  // namespace polymoe

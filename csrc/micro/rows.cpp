@@ -53,6 +53,24 @@ void combine_row(const void* const* rows, const void* weights, int count, void* 
   });
 }
 
+// Fresh lanes for every block, so that none sums many terms.
+template <class A, class B>
+void dot_row(const void* a, const void* b, void* out, int64_t n) {
+  using V = typename Compute<A>::Vector;
+  using Value = typename Compute<A>::Value;
+  constexpr int64_t kBlock = 128 * V::width;
+  Value total = 0;
+  for (int64_t begin = 0; begin < n; begin += kBlock) {
+    const A* const x = static_cast<const A*>(a) + begin;
+    const B* const y = static_cast<const B*>(b) + begin;
+    V acc = set<V>(0);
+    for_vectors<V>(n - begin < kBlock ? n - begin : kBlock,
+                   [&](int64_t i, auto part) { acc = fma(read<V>(x + i, part), read<V>(y + i, part), acc); });
+    total += sum(acc);
+  }
+  *static_cast<Value*>(out) = total;
+}
+
 }  // namespace
 
 #if defined(POLYMOE_LEVEL_PORTABLE)
@@ -71,6 +89,12 @@ const RowTable row_table = {
         {combine_row<bf16, float>, combine_row<bf16, bf16>, combine_row<bf16, f16>, nullptr},
         {combine_row<f16, float>, combine_row<f16, bf16>, combine_row<f16, f16>, nullptr},
         {nullptr, nullptr, nullptr, POLYMOE_F64((combine_row<double, double>))},
+    },
+    {
+        {dot_row<float, float>, dot_row<float, bf16>, dot_row<float, f16>, nullptr},
+        {dot_row<bf16, float>, dot_row<bf16, bf16>, dot_row<bf16, f16>, nullptr},
+        {dot_row<f16, float>, dot_row<f16, bf16>, dot_row<f16, f16>, nullptr},
+        {nullptr, nullptr, nullptr, POLYMOE_F64((dot_row<double, double>))},
     },
 };
 

@@ -24,6 +24,9 @@ struct RowTable {
   // out[i] = sum over r of weights[r] * rows[r][i], in f32 by multiply-add from zero in the order of r, rounded once.
   // `weights` is f32, or null for a plain sum. By the type of the rows, then of `out`.
   void (*combine_row[kDtypes][kDtypes])(const void* const* rows, const void* weights, int count, void* out, int64_t n);
+
+  // out[0] = sum over i of a[i] * b[i], f32, in an order that depends on n alone. By the types of a and b.
+  void (*dot_row[kDtypes][kDtypes])(const void* a, const void* b, void* out, int64_t n);
 };
 
 }  // namespace polymoe

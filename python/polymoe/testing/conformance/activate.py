@@ -98,7 +98,7 @@ def halves(h: Tensor, interleaved: bool) -> tuple[Tensor, Tensor]:
 
 
 def sigmoid(z: Tensor) -> Tensor:
-    return 1 / (1 + torch.exp(-z))
+    return torch.sigmoid(z)  # whose derivative exists where exp(-z) would overflow
 
 
 def gelu(z: Tensor) -> Tensor:
