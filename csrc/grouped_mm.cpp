@@ -293,8 +293,15 @@ Arguments check(const at::Tensor& a, const at::Tensor& b, const std::optional<at
 
 at::Tensor grouped_mm_cpu(const at::Tensor& a, const at::Tensor& b, const std::optional<at::Tensor>& offs,
                           const std::optional<at::Tensor>& bias, std::optional<at::ScalarType> out_dtype,
-                          c10::string_view weight_format, c10::string_view) {
+                          c10::string_view weight_format, const std::optional<at::Tensor>& scale,
+                          const std::optional<at::Tensor>& zero, c10::string_view mode, c10::string_view) {
+  if (is_quantized(weight_format)) {
+    static const auto routed = routed_op<decltype(grouped_mm_cpu)>("polymoe::grouped_mm");
+    const at::AutoDispatchBelowADInplaceOrView below_autograd;
+    return routed.call(a, b, offs, bias, out_dtype, weight_format, scale, zero, mode, "reference");
+  }
   const Arguments args = check(a, b, offs, bias, out_dtype, weight_format);
+  check_unquantized(kOp, weight_format, mode, {{"scale", scale}, {"zero", zero}});
   const at::Tensor out = at::empty(args.mm.out_sizes(), a.options().dtype(args.out_dtype));
   compute(args.mm, out);
   return out;

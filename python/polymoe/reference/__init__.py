@@ -12,6 +12,7 @@ from polymoe.reference.gate import gate
 from polymoe.reference.gate_backward import gate_backward
 from polymoe.reference.grouped_mm import grouped_mm
 from polymoe.reference.plan import plan
+from polymoe.reference.quantized_backward import quantized_backward
 from polymoe.reference.row_dot import row_dot
 
 __all__ = [
@@ -24,5 +25,6 @@ __all__ = [
     "gate_backward",
     "grouped_mm",
     "plan",
+    "quantized_backward",
     "row_dot",
 ]
