@@ -28,7 +28,7 @@ def cases(options: Options) -> Iterator[Case]:
 
 
 def make_case(options: Options, shape: Shape, T: int, dtype: str) -> Case:
-    source, torch_dtype, S = inputs.generator(options.seed), DTYPES[dtype], T * shape.K
+    source, torch_dtype, S = inputs.generator(options.seed, options.device), DTYPES[dtype], T * shape.K
     h = [inputs.normal((S, 2 * shape.I), torch_dtype, source) for _ in range(SETS)]
     truth = torch.cat([gated(one.double(), shape) for one in h])
 

@@ -8,7 +8,7 @@ from torch import Tensor
 
 import polymoe
 from benchmarks import inputs
-from benchmarks._harness import contender_name
+from benchmarks._case import contender_name
 from benchmarks.contenders.base import Plugin, Prepared, Problem
 from benchmarks.layer import InputSet, Layer
 from polymoe.formats import pack_
@@ -20,6 +20,7 @@ class PolymoePlain(Plugin):
     """On weights in the layout of nn.Linear, as Transformers holds them."""
 
     peer = False
+    devices = ("cpu", "cuda", "xpu")
 
     def __init__(self, backend: str | None = None) -> None:
         self.backend = backend
@@ -50,7 +51,7 @@ class PolymoePrepacked(Plugin):
 def _declined(problem: Problem, weight_format: str, backend: str | None) -> str | None:
     options = (problem.shape.activation, "output", weight_format)
     try:
-        decide(Selection("experts", "cpu", inputs.DTYPES[problem.dtype], options), backend)
+        decide(Selection("experts", problem.device, inputs.DTYPES[problem.dtype], options), backend)
     except ValueError as error:
         return str(error)
     return None
