@@ -120,6 +120,7 @@ def gradient_samples() -> list[Sample]:
     weight = formats.Mxfp4().quantize(torch.randn(3, I, H))
     return [
         ("row_dot", (torch.randn(T, H), rows, p.slot_row), {}),
+        ("grouped_mm_dx", (torch.randn(T * K, I), torch.randn(E, I, H).mT, p.offsets[1:], torch.bfloat16), {}),
         ("activate_backward", (h, torch.randn(T * K, I), "swiglu"), {}),
         ("activate_backward", (h, torch.randn(T * K, I), "geglu", None, None, True, p.row_slot, weights, True), {}),
         ("gate_backward", (logits, torch.randn(T, K), ids_with_skips(T).clamp(max=E - 1), "softmax"), {}),

@@ -13,8 +13,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from polymoe.ops._library import grad_dtype
 from polymoe.ops._weights import check_differentiable
 from polymoe.ops.activate import KINDS, activate_backward
+from polymoe.ops.grouped_mm_gradient import grouped_mm_dx
 from polymoe.ops.quantized_backward import quantized_backward
 from polymoe.ops.row_dot import row_dot
 
@@ -56,6 +58,7 @@ def setup(ctx: Any, args: Any, results: tuple[Tensor, ...]) -> None:
     ctx.options = SimpleNamespace(**{name: getattr(args, name) for name in OPTIONS})
     ctx.options.experts, ctx.options.dtype = args.gate_up.shape[0], args.x.dtype
     ctx.options.hidden = args.x.shape[1]
+    ctx.options.grad_dtypes = {name: grad_dtype(getattr(args, name)) for name in ("gate_up", "down")}
     for name in ("gate_up_bias", "down_bias"):
         bias = getattr(args, name)
         setattr(ctx.options, f"{name}_dtype", None if bias is None else bias.dtype)
@@ -109,7 +112,7 @@ def gradients(ctx: Any, grad: Tensor, *unused: None) -> dict[str, Tensor]:
     if needs["down"]:
         activation = ops.activate(saved.pre_activation, *act, options.dtype, backend=backend)
         pair = (activation.mT, rows) if options.transposed else (rows.mT, activation)
-        found["down"] = ops.grouped_mm(*pair, ends, backend=backend)
+        found["down"] = ops.grouped_mm(*pair, ends, None, options.grad_dtypes["down"], backend=backend)
     if needs["down_bias"]:
         weighted = ops.dispatch(
             grad, saved.row_slot, saved.slot_row, saved.weights if at_output else None, backend=backend
@@ -144,7 +147,7 @@ def _through_gate_up(
     if needs["gate_up"]:
         rows = ops.dispatch(saved.x, saved.row_slot, saved.slot_row, factors, backend=backend)
         pair = (rows.mT, d_pre) if options.transposed else (d_pre.mT, rows)
-        found["gate_up"] = ops.grouped_mm(*pair, ends, backend=backend)
+        found["gate_up"] = ops.grouped_mm(*pair, ends, None, options.grad_dtypes["gate_up"], backend=backend)
     if needs["gate_up_bias"]:
         found["gate_up_bias"] = _sums(d_pre, ends, options.gate_up_bias_dtype, backend)
     if needs["x"] or (at_input and needs["weights"]):
@@ -163,8 +166,8 @@ def _through(
     """[S, D]: rows [S, N] sent back through a projection [E, N, D], given as data, scale and zero points."""
     data, scale, zero = weight
     if scale is None:
-        plain = data.mT if options.transposed else data
-        product: Tensor = torch.ops.polymoe.grouped_mm(rows, plain, ends, None, _wide(rows), backend=backend)
+        plain = data if options.transposed else data.mT  # [E, D, N]
+        product: Tensor = grouped_mm_dx(rows, plain, ends, _wide(rows), backend=backend)
         return product
     back: Tensor = quantized_backward(
         rows, data, scale, zero, ends, D, options.weight_format, _wide(rows), backend=backend

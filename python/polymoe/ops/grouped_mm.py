@@ -7,8 +7,9 @@ from torch import Tensor
 
 from polymoe.hal.select import select
 from polymoe.ops import _check as check_that
-from polymoe.ops._library import Gradient, define_op, public
+from polymoe.ops._library import Gradient, define_op, grad_dtype, public
 from polymoe.ops._weights import QUANTIZED, check_differentiable, check_options, check_quantized
+from polymoe.ops.grouped_mm_gradient import grouped_mm_dx
 from polymoe.ops.quantized_backward import quantized_backward
 
 UNQUANTIZED = ("plain", "packed", "packed_gate_up")
@@ -112,6 +113,7 @@ def setup(ctx: Any, args: Any, out: Tensor) -> None:
         args.a if ctx.needs["b"] else None, args.b if ctx.needs["a"] else None, args.offs, args.scale, args.zero
     )
     ctx.weight_format, ctx.D = args.weight_format, args.a.shape[-1]
+    ctx.grad_dtype_of_b = grad_dtype(args.b)
     ctx.dtype, ctx.cut_rows_of_a = args.a.dtype, args.a.dim() == 2
     ctx.bias_dtype = None if args.bias is None else args.bias.dtype
 
@@ -123,10 +125,12 @@ def gradients(ctx: Any, grad: Tensor) -> dict[str, Tensor]:
     found = {}
     if ctx.needs["a"] and ctx.weight_format != "plain":
         found["a"] = quantized_backward(grad, b.mT, scale, zero, offs, ctx.D, ctx.weight_format, backend=ctx.backend)
+    elif ctx.needs["a"] and ctx.cut_rows_of_a and b.dim() == 3:
+        found["a"] = grouped_mm_dx(grad, b, offs, backend=ctx.backend)
     elif ctx.needs["a"]:
         found["a"] = torch.ops.polymoe.grouped_mm(grad, b.mT, offs, backend=ctx.backend)
     if ctx.needs["b"]:
-        found["b"] = torch.ops.polymoe.grouped_mm(a.mT, grad, offs, backend=ctx.backend)
+        found["b"] = torch.ops.polymoe.grouped_mm(a.mT, grad, offs, None, ctx.grad_dtype_of_b, backend=ctx.backend)
     if ctx.needs["bias"]:
         found["bias"] = _sums_of_rows(grad, None if grad.dim() == 3 else offs, ctx)
     return found

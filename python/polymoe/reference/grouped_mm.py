@@ -73,6 +73,10 @@ def _quantized(
     return out
 
 
+def grouped_mm_dx(grad: Tensor, b: Tensor, offs: Tensor, out_dtype: torch.dtype | None = None) -> Tensor:
+    return grouped_mm(grad, b.mT, offs, None, out_dtype)
+
+
 def _groups(offs: Tensor, size: int) -> list[slice]:
     """The range of every group. Reading the offsets makes the host wait for the device."""
     ends = offs.tolist()
