@@ -11,7 +11,7 @@ import torch
 
 from benchmarks._options import Options
 from polymoe.hal import registry
-from polymoe.hal.problem import Problem
+from polymoe.hal.problem import OPS, Problem
 from polymoe.hal.select import decide, declined
 
 
@@ -86,13 +86,14 @@ def ours(
     options: Options,
     op: str,
     dtype: torch.dtype,
-    strings: tuple[str, ...],
+    strings: dict[str, str],
     make: Callable[[str], Callable[[int], Any]],
     best_only: bool = False,
 ) -> list[Contender]:
     """The contenders from polymoe: make(backend) for every backend that serves, or with `best_only` for the one that
-    polymoe selects, unless the user names others. `strings` are the op's arguments that a backend may depend on."""
-    problem = Problem(op, options.device, dtype, strings)
+    polymoe selects, unless the user names others. `strings` are the op's arguments that a backend may
+    depend on, where they are not the defaults."""
+    problem = Problem(op, options.device, dtype, tuple((OPS[op].options | strings).values()))
     if options.backends:
         names = [decide(problem, name) for name in options.backends]
     elif best_only:

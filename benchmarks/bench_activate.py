@@ -46,7 +46,7 @@ def make_case(options: Options, shape: Shape, T: int, dtype: str) -> Case:
         labels={"shape": shape.name, "dtype": dtype, "T": T},
         contenders=(
             Contender("torch", lambda i: gated(h[i], shape)),
-            *ours(options, "activate", torch_dtype, (shape.activation,), on),
+            *ours(options, "activate", torch_dtype, {"kind": shape.activation}, on),
         ),
         error=error,
         tolerance=inputs.error_bound(torch_dtype, roundings) + FUNCTION_ERRORS * arithmetic_roundoff(torch_dtype),

@@ -45,7 +45,7 @@ def make_case(options: Options, shape: Shape, T: int, dtype: str) -> Case:
         labels={"shape": shape.name, "dtype": dtype, "T": T},
         contenders=(
             Contender("torch", lambda i: gather_sum(y[i], rows[i], weights[i])),
-            *ours(options, "combine", torch_dtype, (), on),
+            *ours(options, "combine", torch_dtype, {}, on),
         ),
         error=error,
         # torch rounds the products, and the sum.

@@ -44,7 +44,7 @@ def make_case(options: Options, shape: Shape, T: int, dtype: str) -> Case:
         labels={"shape": shape.name, "dtype": dtype, "T": T},
         contenders=(
             Contender("index_select", lambda i: x[i].index_select(0, tokens[i])),
-            *ours(options, "dispatch", torch_dtype, (), on),
+            *ours(options, "dispatch", torch_dtype, {}, on),
         ),
         error=error,
         tolerance=0.0,

@@ -55,7 +55,7 @@ def make_case(options: Options, shape: Shape, T: int, dtype: str) -> Case:
     contenders = [Contender("torch", lambda i: route(logits[i], shape, bias))]
     return Case(
         labels={"shape": shape.name, "dtype": dtype, "T": T},
-        contenders=(*contenders, *ours(options, "gate", torch_dtype, (shape.scoring,), on)),
+        contenders=(*contenders, *ours(options, "gate", torch_dtype, {"scoring": shape.scoring}, on)),
         error=error,
         tolerance=(FUNCTION_ERRORS + K) * arithmetic_roundoff(torch_dtype),
         bytes=logits[0].nbytes + T * K * 8,

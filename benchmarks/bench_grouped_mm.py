@@ -54,7 +54,7 @@ def make_case(options: Options, shape: Shape, b: Tensor, T: int, dtype: str, sou
         contenders=(
             Contender("F.grouped_mm", lambda i: F.grouped_mm(a[i], b, offs=offs[i])),
             Contender("loop", lambda i: loop(a[i], b, offs[i]), reads=True),
-            *ours(options, "grouped_mm", torch_dtype, (), on, best_only=True),
+            *ours(options, "grouped_mm", torch_dtype, {}, on, best_only=True),
         ),
         error=error,
         tolerance=inputs.error_bound(torch_dtype, roundings=1, reduction=shape.H),

@@ -43,7 +43,7 @@ def make_case(options: Options, shape: Shape, T: int) -> Case:
         labels={"shape": shape.name, "T": T},
         contenders=(
             Contender("torch", lambda i: sort(ids[i], E)),
-            *ours(options, "plan", ids[0].dtype, (), on),
+            *ours(options, "plan", ids[0].dtype, {}, on),
         ),
         error=error,
         tolerance=0.0,

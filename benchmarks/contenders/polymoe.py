@@ -12,6 +12,7 @@ from benchmarks._case import contender_name
 from benchmarks.contenders.base import Plugin, Prepared, Problem
 from benchmarks.layer import InputSet, Layer
 from polymoe.formats import pack_
+from polymoe.hal.problem import OPS
 from polymoe.hal.problem import Problem as Selection
 from polymoe.hal.select import decide
 
@@ -49,9 +50,9 @@ class PolymoePrepacked(Plugin):
 
 
 def _declined(problem: Problem, weight_format: str, backend: str | None) -> str | None:
-    options = (problem.shape.activation, "output", weight_format)
+    strings = OPS["experts"].options | {"activation": problem.shape.activation, "weight_format": weight_format}
     try:
-        decide(Selection("experts", problem.device, inputs.DTYPES[problem.dtype], options), backend)
+        decide(Selection("experts", problem.device, inputs.DTYPES[problem.dtype], tuple(strings.values())), backend)
     except ValueError as error:
         return str(error)
     return None
