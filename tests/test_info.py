@@ -24,7 +24,7 @@ def test_a_command_is_needed(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Cap
     monkeypatch.setattr(sys, "argv", ["polymoe"])
     with pytest.raises(SystemExit, match="2"):
         main()
-    assert "usage: python -m polymoe" in capsys.readouterr().err
+    assert "usage: polymoe" in capsys.readouterr().err
 
 
 def test_names_versions_devices_and_threads() -> None:

@@ -18,7 +18,6 @@ from polymoe.ops import (
     experts,
     gate,
     grouped_mm,
-    grouped_mm_dw_,
     plan,
     update_bias,
 )
@@ -40,7 +39,6 @@ __all__ = [
     "force_isa_level",
     "gate",
     "grouped_mm",
-    "grouped_mm_dw_",
     "isa_level",
     "isa_levels",
     "isa_supported",

@@ -1,15 +1,18 @@
-"""`python -m polymoe info`: what polymoe finds on this machine and what serves each op here."""
+"""`polymoe info`: what polymoe finds on this machine and what serves each op here. `polymoe quantize`: checkpoints."""
 
 from __future__ import annotations
 
 import argparse
 import platform
+import sys
 from collections.abc import Iterator
 
 import torch
 
 import polymoe
 from polymoe.backends._extension import extension
+from polymoe.checkpoint import CheckpointError, quantize
+from polymoe.checkpoint.quantize import FORMATS
 from polymoe.hal import device, registry
 from polymoe.hal.explain import properties
 from polymoe.hal.problem import OPS, Backend
@@ -69,10 +72,26 @@ def _service(backend: Backend) -> Iterator[str]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m polymoe", description=__doc__)
-    parser.add_argument("command", choices=["info"], help="print device, ISA levels, threads, caches and backends")
-    parser.parse_args()
-    print(info())
+    parser = argparse.ArgumentParser(prog="polymoe", description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
+    commands.add_parser("info", help="print device, ISA levels, threads, caches and backends")
+    quantizing = commands.add_parser(
+        "quantize",
+        help="rewrite a checkpoint with quantised experts",
+        description="Rewrites a dense Mixture-of-Experts checkpoint with its experts quantised, shard by shard. "
+        "A run that was broken off goes on when it is repeated. Nothing is overwritten.",
+    )
+    quantizing.add_argument("source", metavar="IN", help="folder with config.json and safetensors")
+    quantizing.add_argument("target", metavar="OUT", help="new folder")
+    quantizing.add_argument("--format", required=True, choices=tuple(FORMATS), help="of the experts' weights")
+    arguments = parser.parse_args()
+    if arguments.command == "info":
+        print(info())
+        return
+    try:
+        quantize(arguments.source, arguments.target, arguments.format)
+    except CheckpointError as error:
+        sys.exit(str(error))
 
 
 if __name__ == "__main__":

@@ -18,6 +18,8 @@ What a matrix [N, D] is stored as follows from dtypes and shapes:
     mxfp8    F8_E4M3 [N, D]; scales F8_E8M0 or U8 [N, D / 32]
     mxfp4    I8 or U8 [N, D / 2], the even element in the low half of a byte; scales F8_E8M0 or U8 [N, D / 32]
              gpt-oss: U8 [N, D / 32, 16]
+    int8     I8 [N, D]; scales F32 [N]; `polymoe quantize` writes this and the next
+    int4     U8 or I8 [N, ceil(D / 2)], as above, 8 standing for zero; scales F32 [N, ceil(D / G)], G of 32, 64 or 128
 """
 
 from __future__ import annotations
@@ -29,6 +31,7 @@ from typing import NamedTuple
 import torch
 
 from polymoe.checkpoint.shards import Entry, fail
+from polymoe.formats.integer import GROUPS
 
 GROUP = 32  # elements along D that share a scale in the MX formats
 DENSE = (torch.bfloat16, torch.float16, torch.float32)
@@ -101,10 +104,10 @@ class Parts:
 class Storage(NamedTuple):
     """How the matrices of a layer are stored."""
 
-    format: str  # dense, fp8, mxfp8 or mxfp4
+    format: str  # dense, fp8, mxfp8, mxfp4, int8 or int4
     dtype: torch.dtype
     scale_dtype: torch.dtype | None
-    block: tuple[int, int] | None  # elements per scale along N and D
+    block: tuple[int, int] | None  # elements per scale along N and D; None: dense, or int8
     transposed: bool = False
 
     def __str__(self) -> str:
@@ -167,7 +170,7 @@ class Layer:
         rows, columns = sizes.matrix(name)
         lead = (sizes.experts,) if expert is None else ()
         blocks = [-(-size // step) for size, step in zip(sizes.matrix(name), sizes.block, strict=True)]
-        if name == "gate_up":  # gate and up have blocks of their own
+        if name == "gate_up" and not self.interleaved:  # gate and up have blocks of their own
             blocks[0] = 2 * -(-sizes.intermediate // sizes.block[0])
         storage = _storage(
             parts.weight, parts.scale, _Expected(lead, rows, columns, sizes.block, blocks, self.interleaved)
@@ -214,13 +217,29 @@ def _storage(weight: Entry, scale: Entry | None, expected: _Expected) -> Storage
         if scale.dtype not in (torch.float32, torch.float8_e8m0fnu):
             fail(scale.file, f"expected scales of F32 or F8_E8M0, got {scale}", scale.name)
         return Storage("fp8", weight.dtype, scale.dtype, expected.block)
+    if scale.dtype == torch.float32:
+        return _integers(weight, scale, expected)
     if columns % GROUP != 0:
         fail(weight.file, f"expected a width that is a multiple of {GROUP}, got {columns}", weight.name)
     expected.check(weight, "packed e2m1", (rows, columns // 2), (rows, columns // GROUP, GROUP // 2))
     expected.check(scale, "scales", groups)
     if scale.dtype not in EXPONENTS:
-        fail(scale.file, f"expected scales of F8_E8M0 or U8, got {scale}", scale.name)
+        fail(scale.file, f"expected scales of F8_E8M0, U8 or F32, got {scale}", scale.name)
     return Storage("mxfp4", weight.dtype, scale.dtype, (1, GROUP))
+
+
+def _integers(weight: Entry, scale: Entry, expected: _Expected) -> Storage:
+    rows, columns = expected.rows, expected.columns
+    if scale.shape == (*expected.lead, rows):
+        expected.check(weight, "int8", (rows, columns))
+        if weight.dtype != torch.int8:
+            fail(weight.file, f"expected int8 as I8, got {weight}", weight.name)
+        return Storage("int8", weight.dtype, scale.dtype, None)
+    expected.check(weight, "packed int4", (rows, -(-columns // 2)))
+    # Where several group sizes give as many scales, a row is one group, and they mean the same.
+    counts = {-(-columns // group): group for group in GROUPS}
+    expected.check(scale, "scales", (rows,), *((rows, count) for count in counts))
+    return Storage("int4", weight.dtype, scale.dtype, (1, counts[scale.shape[-1]]))
 
 
 def find_layers(entries: Mapping[str, Entry], sizes: Sizes) -> dict[str, Layer]:

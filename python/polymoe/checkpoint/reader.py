@@ -27,9 +27,11 @@ class ExpertWeights:
     down           [H, I]; [I, H] if `transposed`
     *_scale        the scales, where `format` is not dense; those of gate_up, like its rows, gate's and then up's
     *_bias         [2I] and [H], or None
-    format, block  dense, fp8, mxfp8 or mxfp4, and the elements along N and D that share a scale
+    format, block  dense, fp8, mxfp8, mxfp4, int8 or int4, and the elements along N and D that share a scale; None for
+                   dense, and for int8, where rows do
 
-    Packed e2m1 is uint8 [N, D / 2], its scales and those of mxfp8 are float8_e8m0fnu, whatever they came as.
+    Packed e2m1 and int4 are uint8 [N, ceil(D / 2)], the scales of mxfp4 and mxfp8 are float8_e8m0fnu, whatever they
+    came as.
     """
 
     gate_up: Tensor
@@ -127,9 +129,9 @@ def _weights(layer: Layer, read: Callable[[Entry], Tensor], expert: int | None) 
     def weight(parts: Parts) -> Tensor:
         assert parts.weight is not None
         data = read(parts.weight)
-        if storage.format != "mxfp4":
+        if storage.format not in ("mxfp4", "int4"):
             return data
-        blocks = len(parts.weight.shape) - (parts.scale is not None and len(parts.scale.shape)) == 1
+        blocks = parts.scale is not None and len(parts.weight.shape) == len(parts.scale.shape) + 1  # gpt-oss
         return (data.flatten(-2) if blocks else data).view(torch.uint8)
 
     def scale(parts: Parts) -> Tensor | None:

@@ -186,6 +186,10 @@ class Planned:
     dtype: torch.dtype
     shape: tuple[int, ...]
 
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
 
 def write_shard(
     path: Path, plan: Mapping[str, Planned], tensors: Iterable[tuple[str, Tensor]], metadata: Mapping[str, str]
@@ -197,7 +201,7 @@ def write_shard(
     header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
     end = 0
     for name, planned in plan.items():
-        begin, end = end, end + math.prod(planned.shape) * planned.dtype.itemsize
+        begin, end = end, end + planned.nbytes
         header[name] = {"dtype": NAMES[planned.dtype], "shape": list(planned.shape), "data_offsets": [begin, end]}
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % _LENGTH)  # tensors begin aligned
