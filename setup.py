@@ -32,11 +32,13 @@ BUILD_INFO = "_build_info.py"
 # Each level may use exactly the CPUID flags that csrc/isa.cpp lists for it.
 AVX2 = ["-mavx2", "-mfma", "-mf16c"]
 AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq"]
+AVX512_BF16 = [*AVX512, "-mavx512bf16", "-mavx512vnni"]
 ISA_FLAGS = {
     "portable": [],
     "avx2": AVX2,
     "avx512": AVX512,
-    "avx512_bf16": [*AVX512, "-mavx512bf16", "-mavx512vnni"],
+    "avx512_bf16": AVX512_BF16,
+    "amx": [*AVX512_BF16, "-mamx-tile", "-mamx-bf16"],
 }
 # GCC reports its own _mm512_undefined_ps() and the like as used uninitialised; the portable level keeps the warning.
 VECTOR_WARNINGS = ["-Wno-uninitialized", "-Wno-maybe-uninitialized"]
@@ -177,6 +179,8 @@ class BuildExtension(build_ext):
         groups = [("common", "*.cpp", [*flags, *includes])]
         for level in isa_levels():
             defines = [f"-DPOLYMOE_LEVEL={level}", f"-DPOLYMOE_LEVEL_{level.upper()}=1"]
+            if level == "amx":  # what it has no kernels of its own for
+                defines.append("-DPOLYMOE_LEVEL_AVX512_BF16=1")
             quiet = VECTOR_WARNINGS if ISA_FLAGS[level] else []
             groups.append((level, "micro/*.cpp", [*flags, *ISA_FLAGS[level], *defines, *quiet]))
 

@@ -44,7 +44,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     report.add_arguments(add)
     add.set_defaults(do=report.main)
 
-    given = parser.parse_args(arguments)
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    if words and words[0].startswith("--") and words[0] != "--help":
+        words.insert(0, "run")  # `python -m benchmarks --device cuda`
+    given = parser.parse_args(words)
     status: int = given.do(given)
     return status
 

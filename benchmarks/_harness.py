@@ -15,15 +15,14 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from statistics import median
-from time import perf_counter
-from typing import Any
 
 import torch
 
-from benchmarks import bounds
+from benchmarks import bounds, gpu
+from benchmarks._case import Bench, Case, Contender, Seen, contender_name, ours
 from benchmarks._options import NO_LEVEL, Options, add_arguments, options, supported_levels
 from benchmarks._progress import Progress, say
 from benchmarks._report import OTHER_CPU_LIMIT, Result, Row, table
@@ -31,11 +30,9 @@ from benchmarks._timing import OtherCpuUse, rounds, timing
 from benchmarks.inputs import SETS
 from benchmarks.memory import peak_memory
 from benchmarks.probes import BandwidthProbe, PeakProbe
-from polymoe.hal import device, registry
-from polymoe.hal.problem import Problem
-from polymoe.hal.select import decide, declined
+from polymoe.hal import device
 
-__all__ = ["Bench", "Case", "Contender", "Options", "cpu_name", "main", "measure", "ours", "say"]
+__all__ = ["Bench", "Case", "Contender", "Options", "contender_name", "cpu_name", "main", "measure", "ours", "say"]
 
 TORCH_LIMITS = {
     "portable": {"ATEN_CPU_CAPABILITY": "default", "ONEDNN_MAX_CPU_ISA": "SSE41", "MKL_ENABLE_INSTRUCTIONS": "SSE4_2"},
@@ -45,53 +42,12 @@ TORCH_LIMITS = {
         "ONEDNN_MAX_CPU_ISA": "AVX512_CORE",
         "MKL_ENABLE_INSTRUCTIONS": "AVX512",
     },
+    "avx512_bf16": {
+        "ATEN_CPU_CAPABILITY": "avx512",
+        "ONEDNN_MAX_CPU_ISA": "AVX512_CORE_BF16",
+        "MKL_ENABLE_INSTRUCTIONS": "AVX512_E1",
+    },
 }
-
-
-@dataclass(frozen=True)
-class Contender:
-    """`call(i)` computes on input set i and returns the result. `held`: bytes that it took for weights of its own;
-    `peak`: how to find what a call takes, if not by looking at this process."""
-
-    name: str
-    call: Callable[[int], Any]
-    peer: bool = True
-    held: int | None = 0
-    peak: Callable[[], int | None] | None = None
-
-
-@dataclass(frozen=True)
-class Case:
-    """labels      what distinguishes the case, one table column each
-    contenders  the first is the baseline
-    error       of what `call` computes, over all input sets, against float64
-    footprint   bytes of all input sets and weights that take turns; default: no set shares anything with another
-    helpers     processes that compute for a contender
-    The other fields are those of Row."""
-
-    labels: dict[str, str | int]
-    contenders: tuple[Contender, ...]
-    error: Callable[[Callable[[int], Any]], float]
-    tolerance: float
-    bytes: float
-    flops: float = 0.0
-    required: dict[str, float] = field(default_factory=dict)
-    footprint: float | None = None
-    helpers: tuple[int, ...] = ()
-    absent: dict[str, str] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class Bench:
-    """One benchmark. `by_dtype`: whether there is a case for every dtype."""
-
-    op: str
-    cases: Callable[[Options], Iterator[Case]]
-    by_dtype: bool = True
-
-    def count(self, options: Options) -> int:
-        cases = len(options.shapes) * len(options.tokens) * (len(options.dtypes) if self.by_dtype else 1)
-        return cases * len(options.levels) * len(options.threads)
 
 
 class Probes:
@@ -102,30 +58,6 @@ class Probes:
 
     def peak(self, instruction: str) -> Callable[[], float]:
         return PeakProbe(instruction, self._threads) if instruction else lambda: 0.0
-
-
-def ours(
-    options: Options,
-    op: str,
-    dtype: torch.dtype,
-    strings: tuple[str, ...],
-    make: Callable[[str], Callable[[int], Any]],
-    best_only: bool = False,
-) -> list[Contender]:
-    """The contenders from polymoe: make(backend) for every backend that serves, or with `best_only` for the one that
-    polymoe selects, unless the user names others. `strings` are the op's arguments that a backend may depend on."""
-    problem = Problem(op, "cpu", dtype, strings)
-    if options.backends:
-        names = [decide(problem, name) for name in options.backends]
-    elif best_only:
-        names = [decide(problem, None)]
-    else:
-        names = [backend.name for backend in registry.all_backends() if declined(backend, problem) is None]
-    return [Contender(contender_name(name), make(name), peer=False) for name in names]
-
-
-def contender_name(backend: str | None) -> str:
-    return "polymoe" if backend in (None, "cpu") else f"polymoe/{backend}"
 
 
 def measure(op: str, case: Case, level: str, options: Options, probes: Probes) -> Row:
@@ -145,7 +77,7 @@ def _measure_once(op: str, case: Case, level: str, options: Options, probes: Pro
     peaks = [peak_memory(c.call) if c.peak is None else c.peak() for c in case.contenders]
     dtype = str(case.labels.get("dtype", ""))
     instruction = bounds.instruction(level, dtype) if case.flops else ""
-    seen = _Seen(probes.bandwidth, probes.peak(instruction))
+    seen = Seen(probes.bandwidth, probes.peak(instruction))
     before = probes.bandwidth.survey()
     with OtherCpuUse(case.helpers) as others:
         *samples, _ = rounds([*calls, seen], SETS, options.effort)
@@ -181,25 +113,6 @@ def _measure_once(op: str, case: Case, level: str, options: Options, probes: Pro
         required=case.required,
         absent=case.absent,
     )
-
-
-class _Seen:
-    """The probes as one more call in every round; what they saw."""
-
-    def __init__(self, bandwidth: Callable[[], float], peak: Callable[[], float]) -> None:
-        self._bandwidth, self._peak = bandwidth, peak
-        self.bandwidths: list[float] = []
-        self.peaks: list[float] = []
-
-    def __call__(self, i: int) -> None:
-        self.bandwidths.append(self._bandwidth())
-        self.peaks.append(self._peak())
-
-    def seconds(self, first: int, repeats: int, sets: int) -> float:
-        """Once, whatever was asked for: one sample a round."""
-        start = perf_counter()
-        self(first)
-        return perf_counter() - start
 
 
 def run_here(bench: Bench, options: Options, emit: Callable[[Row], None]) -> None:
@@ -249,6 +162,9 @@ def environment_for(level: str) -> dict[str, str]:
 
 def collect(bench: Bench, options: Options, emit: Callable[[Row], None]) -> None:
     """All cases; `emit` gets every row as soon as it is there."""
+    if options.device != "cpu":
+        gpu.run(bench, options, gpu.Gpu(options.device), emit)
+        return
     for level in options.levels:
         environment = environment_for(level)
         for threads in options.threads:
@@ -278,7 +194,8 @@ def run(benches: Sequence[Bench], options: Options, given: argparse.Namespace) -
     for bench in benches:
         collect(bench, options, emit)
         if not given.json:
-            print(report(bench.op, [row for row in rows if row.op == bench.op]) + "\n", flush=True)
+            machine = cpu_name() if options.device == "cpu" else gpu.Gpu(options.device).name
+            print(report(bench.op, [row for row in rows if row.op == bench.op], machine) + "\n", flush=True)
     wrong = any(row.verdict.startswith("WRONG") for row in rows)
     return int(wrong or (given.check and any(row.failed or row.void for row in rows)))
 
@@ -299,10 +216,10 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--silent", action="store_true", help="no progress on stderr")
 
 
-def report(op: str, rows: Sequence[Row]) -> str:
+def report(op: str, rows: Sequence[Row], machine: str) -> str:
     if not rows:
         return f"polymoe.{op}: no cases."
-    notes = [f"polymoe.{op}: {cpu_name()}, torch {torch.__version__}.", "", table(rows), ""]
+    notes = [f"polymoe.{op}: {machine}, torch {torch.__version__}.", "", table(rows), ""]
     notes.append(
         "Medians of interleaved calls on rotating inputs, ± half of the interquartile range. Of bound: the least time "
         "that memory and arithmetic allow, by probes in the same rounds, over the time taken."
@@ -311,6 +228,8 @@ def report(op: str, rows: Sequence[Row]) -> str:
         notes.append(f"(!): others used more than {OTHER_CPU_LIMIT:.0%} of the CPU meanwhile; the row is worth little.")
     for name, reason in sorted({item for row in rows for item in row.absent.items()}):
         notes.append(f"Absent: {name}: {reason}.")
+    for name, note in sorted({item for row in rows for item in row.notes.items()}):
+        notes.append(f"{name}: {note}.")
     judged = [row for row in rows if row.verdict != "-"]
     if judged:
         notes.append(f"{sum(row.verdict == 'pass' for row in judged)} of {len(judged)} judged rows pass.")

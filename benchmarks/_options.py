@@ -15,12 +15,14 @@ from benchmarks.models import ALIASES, MODELS, SHAPES, SWEEP, Shape, shape_of
 from polymoe.backends._extension import extension
 from polymoe.hal import device, registry
 
+DEVICES = ("cpu", "cuda", "xpu")
 NO_LEVEL = "-"  # of a process without polymoe's C++ extension
 
 
 @dataclass(frozen=True)
 class Options:
-    """A generator of cases finds in `levels` and `threads` the one that it runs at."""
+    """A generator of cases finds in `levels` and `threads` the one that it runs at; on a device other than the CPU the
+    level is the name of its compile target."""
 
     shapes: tuple[Shape, ...]
     tokens: tuple[int, ...]
@@ -34,6 +36,7 @@ class Options:
     seconds: float | None
     probe_mib: int
     quick: bool
+    device: str = "cpu"
 
     @property
     def effort(self) -> Effort:
@@ -59,7 +62,8 @@ class Options:
         values = {"--experts": self.experts, "--seconds": self.seconds, "--seed": self.seed}
         lists |= {name: [value] for name, value in values.items() if value is not None}
         words = [word for name, values in lists.items() if values for word in (name, *map(str, values))]
-        return [*words, "--probe-mib", str(self.probe_mib), *(["--quick"] if self.quick else [])]
+        words += ["--device", self.device, "--probe-mib", str(self.probe_mib)]
+        return [*words, *(["--quick"] if self.quick else [])]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -73,6 +77,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--contenders", nargs="+", default=[], metavar="NAME", help="of the op experts; `list` lists them")
     add("--experts", type=int, metavar="E", help="hold so many experts, in place of the number in the shape")
     add("--backend", nargs="+", choices=registry.backends(), default=[], help="of polymoe")
+    add("--device", choices=DEVICES, default="cpu", help="cuda is also AMD's")
     add("--seed", type=int, default=0)
     add("--seconds", type=float, help="of rounds for each case")
     add("--probe-mib", type=int, metavar="MIB", help="that the bandwidth probe reads")
@@ -94,6 +99,7 @@ def options(given: argparse.Namespace) -> Options:
         seconds=given.seconds,
         probe_mib=given.probe_mib or (256 if quick else 1024),
         quick=quick,
+        device=given.device,
     )
 
 

@@ -44,6 +44,7 @@ class Row:
     required                 what is asked for, see `faults`
     absent                   contenders that did not take part, and why
     attempts                 runs of this case until its numbers could be used, or for good
+    notes                    on how contenders were timed, by name
     part                     of a report
     """
 
@@ -65,6 +66,7 @@ class Row:
     absent: dict[str, str] = field(default_factory=dict)
     attempts: int = 1
     part: str = ""
+    notes: dict[str, str] = field(default_factory=dict)
 
     @property
     def baseline(self) -> Result:

@@ -28,7 +28,7 @@ def cases(options: Options) -> Iterator[Case]:
 
 
 def make_case(options: Options, shape: Shape, T: int, dtype: str) -> Case:
-    source, torch_dtype, S = inputs.generator(options.seed), DTYPES[dtype], T * shape.K
+    source, torch_dtype, S = inputs.generator(options.seed, options.device), DTYPES[dtype], T * shape.K
     h = [inputs.normal((S, 2 * shape.I), torch_dtype, source) for _ in range(SETS)]
     truth = torch.cat([gated(one.double(), shape) for one in h])
 
@@ -46,7 +46,7 @@ def make_case(options: Options, shape: Shape, T: int, dtype: str) -> Case:
         labels={"shape": shape.name, "dtype": dtype, "T": T},
         contenders=(
             Contender("torch", lambda i: gated(h[i], shape)),
-            *ours(options, "activate", torch_dtype, (shape.activation,), on),
+            *ours(options, "activate", torch_dtype, {"kind": shape.activation}, on),
         ),
         error=error,
         tolerance=inputs.error_bound(torch_dtype, roundings) + FUNCTION_ERRORS * arithmetic_roundoff(torch_dtype),

@@ -27,7 +27,7 @@ def cases(options: Options) -> Iterator[Case]:
 
 
 def make_case(options: Options, shape: Shape, T: int, dtype: str) -> Case:
-    source, torch_dtype = inputs.generator(options.seed), DTYPES[dtype]
+    source, torch_dtype = inputs.generator(options.seed, options.device), DTYPES[dtype]
     y = [inputs.normal((T * shape.K, shape.H), torch_dtype, source) for _ in range(SETS)]
     routings = [inputs.routing(T, shape.E, shape.K, torch_dtype, source) for _ in range(SETS)]
     weights = [one for one, _ in routings]
@@ -45,7 +45,7 @@ def make_case(options: Options, shape: Shape, T: int, dtype: str) -> Case:
         labels={"shape": shape.name, "dtype": dtype, "T": T},
         contenders=(
             Contender("torch", lambda i: gather_sum(y[i], rows[i], weights[i])),
-            *ours(options, "combine", torch_dtype, (), on),
+            *ours(options, "combine", torch_dtype, {}, on),
         ),
         error=error,
         # torch rounds the products, and the sum.

@@ -27,7 +27,7 @@ def cases(options: Options) -> Iterator[Case]:
 
 
 def make_case(options: Options, shape: Shape, T: int, dtype: str) -> Case:
-    source, torch_dtype = inputs.generator(options.seed), DTYPES[dtype]
+    source, torch_dtype = inputs.generator(options.seed, options.device), DTYPES[dtype]
     x = [inputs.normal((T, shape.H), torch_dtype, source) for _ in range(SETS)]
     ids = [inputs.routing(T, shape.E, shape.K, torch_dtype, source)[1] for _ in range(SETS)]
     plans = [polymoe.plan(one, shape.E) for one in ids]
@@ -44,7 +44,7 @@ def make_case(options: Options, shape: Shape, T: int, dtype: str) -> Case:
         labels={"shape": shape.name, "dtype": dtype, "T": T},
         contenders=(
             Contender("index_select", lambda i: x[i].index_select(0, tokens[i])),
-            *ours(options, "dispatch", torch_dtype, (), on),
+            *ours(options, "dispatch", torch_dtype, {}, on),
         ),
         error=error,
         tolerance=0.0,

@@ -41,31 +41,42 @@ def cases(options: Options) -> Iterator[Case]:
 def shape_cases(options: Options, shape: Shape, dtype: str, stack: ExitStack) -> Iterator[Case]:
     """The cases of one layer. Its weights go when it is done: two layers may not fit the memory."""
     level = options.levels[0]
-    problem = Problem(shape, dtype, level, best_level=level in (NO_LEVEL, supported_levels()[-1]))
+    best_level = level in (NO_LEVEL, supported_levels()[-1])
+    problem = Problem(shape, dtype, level, best_level, options.device)
     taking_part, absent = choose(problem, wanted(options))
-    source = inputs.generator(options.seed)
+    source = inputs.generator(options.seed, options.device)
     layer = make_layer(shape, DTYPES[dtype], source)
-    holders = [hold(plugin, layer, options, dtype, stack) for plugin in taking_part]
+    found = {plugin.name: hold(plugin, layer, options, dtype, stack) for plugin in taking_part}
+    holders = [holder for holder in found.values() if not isinstance(holder, str)]
+    absent |= {name: reason for name, reason in found.items() if isinstance(reason, str)}
     for T in options.tokens:
         sets = [make_set(shape, T, DTYPES[dtype], source) for _ in range(SETS)]
         yield replace(make_case(layer, holders, sets, dtype, level), absent=absent)
 
 
 def wanted(options: Options) -> tuple[str, ...]:
-    """Names of contenders. The reference takes part only if asked for: it widens all weights in every call."""
-    names = options.contenders or tuple(name for name in plugins() if name != contender_name("reference"))
+    """Names of contenders. Backends of polymoe that it would not select take part only if asked for: the reference
+    widens all weights in every call."""
+    here = (name for name, plugin in plugins().items() if options.device in plugin.devices)
+    names = options.contenders or tuple(name for name in here if not name.startswith(contender_name("")))
     if not options.backends:
         return names
     others = tuple(name for name in names if not name.startswith("polymoe"))
     return (*others, *map(contender_name, options.backends))
 
 
-def hold(plugin: Plugin, layer: Layer, options: Options, dtype: str, stack: ExitStack) -> Holder:
+def hold(plugin: Plugin, layer: Layer, options: Options, dtype: str, stack: ExitStack) -> Holder | str:
+    """Or why another library, which may have changed, does not take part after all."""
     if plugin.isolated:
         worker = Worker(plugin.name, layer.shape, dtype, options.seed, options.threads[0])
         return plugin, stack.enter_context(worker), worker.held
     before = resident()
-    prepared = plugin.prepare(layer)
+    try:
+        prepared = plugin.prepare(layer)
+    except Exception as error:
+        if not plugin.peer:
+            raise
+        return f"it raises {type(error).__name__}: {error}"
     return plugin, prepared, max(0, resident() - before)
 
 
@@ -75,7 +86,7 @@ def contender(holder: Holder, sets: list[InputSet]) -> Contender:
         prepared.take(sets)
         return Contender(plugin.name, prepared, plugin.peer, held, prepared.peak)
     converted = [prepared.convert(one) for one in sets]
-    return Contender(plugin.name, lambda i: prepared.run(converted[i]), plugin.peer, held)
+    return Contender(plugin.name, lambda i: prepared.run(converted[i]), plugin.peer, held, reads=plugin.reads)
 
 
 def make_case(layer: Layer, holders: list[Holder], sets: list[InputSet], dtype: str, level: str) -> Case:

@@ -30,7 +30,7 @@ def cases(options: Options) -> Iterator[Case]:
 
 
 def make_case(options: Options, shape: Shape, T: int, dtype: str) -> Case:
-    source, torch_dtype = inputs.generator(options.seed), DTYPES[dtype]
+    source, torch_dtype = inputs.generator(options.seed, options.device), DTYPES[dtype]
     E, K = shape.E_model, shape.K
     logits = [inputs.normal((T, E), torch_dtype, source) for _ in range(SETS)]
     # DeepSeek, GLM and Kimi select by score + bias, the softmax models by the score.
@@ -55,7 +55,7 @@ def make_case(options: Options, shape: Shape, T: int, dtype: str) -> Case:
     contenders = [Contender("torch", lambda i: route(logits[i], shape, bias))]
     return Case(
         labels={"shape": shape.name, "dtype": dtype, "T": T},
-        contenders=(*contenders, *ours(options, "gate", torch_dtype, (shape.scoring,), on)),
+        contenders=(*contenders, *ours(options, "gate", torch_dtype, {"scoring": shape.scoring}, on)),
         error=error,
         tolerance=(FUNCTION_ERRORS + K) * arithmetic_roundoff(torch_dtype),
         bytes=logits[0].nbytes + T * K * 8,
@@ -85,7 +85,7 @@ def route(logits: Tensor, shape: Shape, bias: Tensor | None) -> Routing:
         n_group, topk_group = shape.groups
         of_groups = scores.view(len(scores), n_group, -1)
         best = of_groups.topk(2).values.sum(-1).topk(topk_group).indices
-        kept = torch.zeros(of_groups.shape[:2], dtype=torch.bool).scatter_(1, best, True)
+        kept = of_groups.new_zeros(of_groups.shape[:2], dtype=torch.bool).scatter_(1, best, True)
         scores = of_groups.masked_fill(~kept[:, :, None], -torch.inf).view_as(scores)
     ids = scores.topk(shape.K).indices
     return weigh(logits, ids, shape.scoring), ids

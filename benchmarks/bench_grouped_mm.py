@@ -27,7 +27,7 @@ CHECKED_ROWS = 64  # of every input set; the float64 computation is slow
 def cases(options: Options) -> Iterator[Case]:
     for dtype in options.dtypes:
         for shape in options.shapes:
-            source = inputs.generator(options.seed)
+            source = inputs.generator(options.seed, options.device)
             b = inputs.weight((shape.E, 2 * shape.I, shape.H), DTYPES[dtype], source).mT  # [E, H, 2I]
             for T in options.tokens:
                 yield make_case(options, shape, b, T, dtype, source)
@@ -39,7 +39,7 @@ def make_case(options: Options, shape: Shape, b: Tensor, T: int, dtype: str, sou
     a = [inputs.normal((S, shape.H), torch_dtype, source) for _ in range(SETS)]
     ids = [inputs.routing(T, shape.E, shape.K, torch_dtype, source)[1] for _ in range(SETS)]
     offs = [polymoe.plan(one, shape.E).offsets[1:] for one in ids]
-    checked = torch.arange(0, S, max(1, S // CHECKED_ROWS))
+    checked = torch.arange(0, S, max(1, S // CHECKED_ROWS), device=source.device)
     truth = torch.cat([exact(a[i], b, offs[i], checked) for i in range(SETS)])
 
     def error(call: Callable[[int], Tensor]) -> float:
@@ -53,8 +53,8 @@ def make_case(options: Options, shape: Shape, b: Tensor, T: int, dtype: str, sou
         labels={"shape": shape.name, "dtype": dtype, "T": T},
         contenders=(
             Contender("F.grouped_mm", lambda i: F.grouped_mm(a[i], b, offs=offs[i])),
-            Contender("loop", lambda i: loop(a[i], b, offs[i])),
-            *ours(options, "grouped_mm", torch_dtype, (), on, best_only=True),
+            Contender("loop", lambda i: loop(a[i], b, offs[i]), reads=True),
+            *ours(options, "grouped_mm", torch_dtype, {}, on, best_only=True),
         ),
         error=error,
         tolerance=inputs.error_bound(torch_dtype, roundings=1, reduction=shape.H),
@@ -76,7 +76,7 @@ def loop(a: Tensor, b: Tensor, offs: Tensor) -> Tensor:
 def exact(a: Tensor, b: Tensor, offs: Tensor, rows: Tensor) -> Tensor:
     """Those rows in float64, one expert at a time."""
     experts = torch.searchsorted(offs, rows.int(), right=True)
-    out = torch.empty((rows.numel(), b.shape[2]), dtype=torch.float64)
+    out = b.new_empty((rows.numel(), b.shape[2]), dtype=torch.float64)
     for e in experts.unique().tolist():
         out[experts == e] = a[rows[experts == e]].double() @ b[e].double()
     return out

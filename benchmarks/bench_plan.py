@@ -27,7 +27,7 @@ def cases(options: Options) -> Iterator[Case]:
 
 
 def make_case(options: Options, shape: Shape, T: int) -> Case:
-    source, E = inputs.generator(options.seed), shape.E_model
+    source, E = inputs.generator(options.seed, options.device), shape.E_model
     ids = [inputs.routing(T, E, shape.K, torch.float32, source)[1] for _ in range(SETS)]
     truth = [sort(one, E) for one in ids]
 
@@ -43,7 +43,7 @@ def make_case(options: Options, shape: Shape, T: int) -> Case:
         labels={"shape": shape.name, "T": T},
         contenders=(
             Contender("torch", lambda i: sort(ids[i], E)),
-            *ours(options, "plan", ids[0].dtype, (), on),
+            *ours(options, "plan", ids[0].dtype, {}, on),
         ),
         error=error,
         tolerance=0.0,
@@ -54,11 +54,11 @@ def make_case(options: Options, shape: Shape, T: int) -> Case:
 def sort(ids: Tensor, E: int) -> Plan:
     """The plan in plain torch, for ids that are all in range."""
     sorted_ids, slots = ids.reshape(-1).sort(stable=True)
-    offsets = torch.zeros(E + 1, dtype=torch.int32)
+    offsets = ids.new_zeros(E + 1, dtype=torch.int32)
     offsets[1:] = sorted_ids.bincount(minlength=E).cumsum(0)
     row_slot = slots.int()
     slot_row = torch.empty_like(row_slot)
-    slot_row[slots] = torch.arange(slots.numel(), dtype=torch.int32)
+    slot_row[slots] = torch.arange(slots.numel(), dtype=torch.int32, device=ids.device)
     return offsets, row_slot, slot_row.view(ids.shape)
 
 

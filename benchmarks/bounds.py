@@ -20,13 +20,15 @@ INSTRUCTIONS = {
     "avx2": "fma_avx2",
     "avx512": "fma_avx512",
     "avx512_bf16": "fma_avx512",
+    "amx": "fma_avx512",
 }
+BF16_INSTRUCTIONS = {"avx512_bf16": "vdpbf16ps", "amx": "tdpbf16ps"}
 
 
 def instruction(level: str, dtype: str) -> str:
     """What the fastest kernels of a level multiply with: bf16 pairs where the CPU has them, else f32."""
-    if level == "avx512_bf16" and dtype == "bf16":
-        return "vdpbf16ps"
+    if dtype == "bf16" and level in BF16_INSTRUCTIONS:
+        return BF16_INSTRUCTIONS[level]
     return INSTRUCTIONS[level if level in INSTRUCTIONS else device.isa_supported()[-1]]
 
 

@@ -14,17 +14,18 @@ DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16}
 _POOL = 1_048_583
 
 
-def generator(seed: int) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
+def generator(seed: int, device: str = "cpu") -> torch.Generator:
+    """What is drawn from it lives on its device."""
+    return torch.Generator(device).manual_seed(seed)
 
 
 def normal(size: tuple[int, ...], dtype: torch.dtype, source: torch.Generator, scale: float = 1.0) -> Tensor:
-    return (torch.randn(size, generator=source) * scale).to(dtype)
+    return (torch.randn(size, generator=source, device=source.device) * scale).to(dtype)
 
 
 def weight(size: tuple[int, ...], dtype: torch.dtype, source: torch.Generator) -> Tensor:
     """[..., N, D] of variance 1/D. A gigabyte takes a second: a pool of random numbers fills it again and again."""
-    out = torch.empty(size, dtype=dtype)
+    out = torch.empty(size, dtype=dtype, device=source.device)
     pool = normal((_POOL,), dtype, source, scale=size[-1] ** -0.5)
     for part in out.view(-1).split(_POOL):
         part.copy_(pool[: part.numel()])

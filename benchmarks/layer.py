@@ -54,7 +54,7 @@ def gated(h: Tensor, shape: Shape) -> Tensor:
 
 def exact(layer: Layer, x: Tensor, weights: Tensor, ids: Tensor) -> Tensor:
     """[T, H] in float64, one expert at a time."""
-    out = torch.zeros(x.shape, dtype=torch.float64)
+    out = x.new_zeros(x.shape, dtype=torch.float64)
     for e in ids.unique().tolist():
         token, slot = (ids == e).nonzero(as_tuple=True)
         h = x[token].double() @ layer.gate_up[e].double().mT

@@ -15,7 +15,7 @@ def required(shape: Shape, dtype: str, T: int, level: str, judge_accuracy: bool)
     """Nothing is asked of shapes that are not a model's, nor of levels that were not tuned."""
     if shape.name == "tiny":
         return {}
-    asked = {"avx512_bf16": _best_level, "avx2": _avx2}.get(level, _nothing)(dtype, T)
+    asked = {"amx": _best_level, "avx512_bf16": _best_level, "avx2": _avx2}.get(level, _nothing)(dtype, T)
     if asked and judge_accuracy:
         asked["error_ratio"] = ERROR_RATIO
         if dtype in ERROR:

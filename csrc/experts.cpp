@@ -92,12 +92,30 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> experts_c
     const at::Tensor& x, const at::Tensor& gate_up, const at::Tensor& down, const at::Tensor& weights,
     const at::Tensor& ids, c10::string_view activation, std::optional<double> alpha, std::optional<double> limit,
     const std::optional<at::Tensor>& gate_up_bias, const std::optional<at::Tensor>& down_bias, bool transposed,
-    bool interleaved, c10::string_view weight_placement, bool save, c10::string_view weight_format, c10::string_view) {
+    bool interleaved, c10::string_view weight_placement, bool save, c10::string_view weight_format,
+    const std::optional<at::Tensor>& gate_up_scale, const std::optional<at::Tensor>& down_scale,
+    const std::optional<at::Tensor>& gate_up_zero, const std::optional<at::Tensor>& down_zero, c10::string_view mode,
+    c10::string_view) {
+  if (is_quantized(weight_format)) {
+    static const auto routed = routed_op<decltype(experts_cpu)>("polymoe::experts");
+    const at::AutoDispatchBelowADInplaceOrView below_autograd;
+    return routed.call(x, gate_up, down, weights, ids, activation, alpha, limit, gate_up_bias, down_bias, transposed,
+                       interleaved, weight_placement, save, weight_format, gate_up_scale, down_scale, gate_up_zero,
+                       down_zero, mode, "reference");
+  }
   const ActivationSpec spec = parse_activation(kOp, "activation", activation, alpha, limit);
   POLYMOE_CHECK(!interleaved || is_gated(spec.kind), kOp, "interleaved", c10::str("False with '", activation, "'"),
                 "True");
   const WeightPlacement placement = parse_placement(weight_placement);
-  const WeightFormat format = parse_weight_format(kOp, weight_format).format;
+  const StoredAs stored = parse_weight_format(kOp, weight_format);
+  POLYMOE_CHECK(stored.matrices == 1, kOp, "weight_format", "'plain', 'packed' or a quantised format", "'",
+                weight_format, "'");
+  const WeightFormat format = stored.format;
+  check_unquantized(kOp, weight_format, mode,
+                    {{"gate_up_scale", gate_up_scale},
+                     {"down_scale", down_scale},
+                     {"gate_up_zero", gate_up_zero},
+                     {"down_zero", down_zero}});
   const Shapes s = check_shapes(x, gate_up, down, weights, ids, is_gated(spec.kind), transposed);
   if (format == WeightFormat::packed) {
     check_contiguous(kOp, "gate_up", gate_up);

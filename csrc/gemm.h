@@ -59,7 +59,7 @@ class Panel {
   // the kernel's step.
   template <class Row>
   void pack(char* panel, int64_t begin, int64_t d, Row&& row) const {
-    constexpr int kMaxRows = 16;
+    constexpr int kMaxRows = 32;
     const char* rows[kMaxRows];
     if (d == 0) return;
     for (int64_t group = 0; group < groups_.count; ++group) {

@@ -33,6 +33,7 @@ struct Problem {
 struct Types {
   Dtype in, out, bias;
   WeightFormat format = WeightFormat::plain;
+  bool accumulate = false;
 };
 
 // A part of the rows of a problem.
@@ -47,6 +48,26 @@ const char* widened_bias(const Problem& p, int64_t column, int64_t columns, cons
   char* const wide = scratch(Scratch::bias, columns * accumulator_size(types.in));
   table.rows->widen_row[int(types.bias)](p.bias + column * size_of(types.bias), wide, columns);
   return wide;
+}
+
+// Rounds a block's sums, `stride` elements from row to row, to its columns of the result, with the bias or with what is
+// there already.
+void write_sums(const Block& block, const char* sums, int64_t stride, int64_t column, int64_t columns,
+                const Types& types, const LevelTable& table) {
+  const Problem& p = *block.problem;
+  const int64_t size = accumulator_size(types.in), out_size = size_of(types.out);
+  const bool is_wide = out_size == size;
+  const char* const bias = widened_bias(p, column, columns, types, table);
+  char* const copy = types.accumulate && !is_wide ? scratch(Scratch::bias, columns * size) : nullptr;
+  for (int64_t r = 0; r < block.rows; ++r) {
+    char* const out = p.out + (block.begin + r) * p.out_stride + column * out_size;
+    const char* add = bias;
+    if (types.accumulate) {
+      if (copy) table.rows->widen_row[int(types.out)](out, copy, columns);
+      add = copy ? copy : out;
+    }
+    table.rows->store_row[int(types.out)](sums + r * stride * size, add, out, columns);
+  }
 }
 
 // Computes one problem's block of rows after the other, keeping what two consecutive tasks share.
@@ -67,11 +88,7 @@ class Worker {
     char* const sums = scratch(Scratch::accumulators, block.rows * columns * size);
     gemm_.multiply(panel_, block.rows, weights(p, column, columns), columns, p.d, sums, columns);
 
-    const char* const bias = widened_bias(p, column, columns, types_, table_);
-    const int64_t out_size = size_of(types_.out);
-    for (int64_t r = 0; r < block.rows; ++r)
-      table_.rows->store_row[int(types_.out)](sums + r * columns * size, bias,
-                                              p.out + (block.begin + r) * p.out_stride + column * out_size, columns);
+    write_sums(block, sums, columns, column, columns, types_, table_);
   }
 
  private:
@@ -133,15 +150,12 @@ class ColumnWorker {
   void run(const Block& block, int64_t column, int64_t columns) {
     const Problem& p = *block.problem;
     pack(block);
-    const int64_t size = accumulator_size(types_.in), out_size = size_of(types_.out);
+    const int64_t size = accumulator_size(types_.in);
     const int64_t stride = ceil_div(columns, gemm_.width) * gemm_.width;
     char* const sums = scratch(Scratch::accumulators, block.rows * stride * size);
     const Operand w = p.w.at(column);
     gemm_.multiply(panel_, block.rows, w.data, w.d_stride, columns, p.d, sums, stride);
-    const char* const bias = widened_bias(p, column, columns, types_, table_);
-    for (int64_t r = 0; r < block.rows; ++r)
-      table_.rows->store_row[int(types_.out)](sums + r * stride * size, bias,
-                                              p.out + (block.begin + r) * p.out_stride + column * out_size, columns);
+    write_sums(block, sums, stride, column, columns, types_, table_);
   }
 
  private:
@@ -217,23 +231,6 @@ void advise_huge_pages(const at::Tensor& out) {
 #endif
 }
 
-// Ends of the groups, checked against the size of the ragged dimension.
-std::vector<int64_t> group_ends(const at::Tensor& offs, int64_t ragged) {
-  check_cpu(kOp, "offs", offs);
-  check_dtype(kOp, "offs", offs, {at::kInt, at::kLong});
-  POLYMOE_CHECK(offs.dim() == 1, kOp, "offs", "a tensor [G]", describe(offs));
-  std::vector<int64_t> ends(size_t(offs.size(0)));
-  int64_t previous = 0;
-  for (size_t g = 0; g < ends.size(); ++g) {
-    const int64_t at = int64_t(g) * offs.stride(0);
-    ends[g] = offs.scalar_type() == at::kInt ? offs.const_data_ptr<int32_t>()[at] : offs.const_data_ptr<int64_t>()[at];
-    POLYMOE_CHECK(ends[g] >= previous && ends[g] <= ragged, kOp, "offs",
-                  c10::str("cumulative ends, non-decreasing, from 0 to ", ragged), ends[g], " after ", previous);
-    previous = ends[g];
-  }
-  return ends;
-}
-
 // The matrix of a group: rows along dimension `row`, the reduction along dimension `d`, of the last two.
 Operand operand(const at::Tensor& t, int64_t row, int64_t d, int64_t group) {
   const int64_t size = t.element_size();
@@ -271,7 +268,7 @@ Arguments check(const at::Tensor& a, const at::Tensor& b, const std::optional<at
   if (a.dim() == 3 && b.dim() == 3)
     POLYMOE_CHECK(a.size(0) == b.size(0), kOp, "b", c10::str("G=", a.size(0), " matrices"), describe(b));
   if (ragged) {
-    mm.ends = group_ends(*offs, b.dim() == 3 ? a.size(0) : a.dim() == 3 ? b.size(1) : a.size(1));
+    mm.ends = group_ends(kOp, *offs, b.dim() == 3 ? a.size(0) : a.dim() == 3 ? b.size(1) : a.size(1));
     POLYMOE_CHECK(int64_t(mm.ends.size()) == mm.groups, kOp, "offs", c10::str("a tensor [G=", mm.groups, "]"),
                   describe(*offs));
   }
@@ -293,8 +290,15 @@ Arguments check(const at::Tensor& a, const at::Tensor& b, const std::optional<at
 
 at::Tensor grouped_mm_cpu(const at::Tensor& a, const at::Tensor& b, const std::optional<at::Tensor>& offs,
                           const std::optional<at::Tensor>& bias, std::optional<at::ScalarType> out_dtype,
-                          c10::string_view weight_format, c10::string_view) {
+                          c10::string_view weight_format, const std::optional<at::Tensor>& scale,
+                          const std::optional<at::Tensor>& zero, c10::string_view mode, c10::string_view) {
+  if (is_quantized(weight_format)) {
+    static const auto routed = routed_op<decltype(grouped_mm_cpu)>("polymoe::grouped_mm");
+    const at::AutoDispatchBelowADInplaceOrView below_autograd;
+    return routed.call(a, b, offs, bias, out_dtype, weight_format, scale, zero, mode, "reference");
+  }
   const Arguments args = check(a, b, offs, bias, out_dtype, weight_format);
+  check_unquantized(kOp, weight_format, mode, {{"scale", scale}, {"zero", zero}});
   const at::Tensor out = at::empty(args.mm.out_sizes(), a.options().dtype(args.out_dtype));
   compute(args.mm, out);
   return out;
@@ -304,8 +308,24 @@ TORCH_LIBRARY_IMPL(polymoe, CPU, m) { POLYMOE_IMPL(m, "grouped_mm", grouped_mm_c
 
 }  // namespace
 
+std::vector<int64_t> group_ends(const char* op, const at::Tensor& offs, int64_t ragged) {
+  check_cpu(op, "offs", offs);
+  check_dtype(op, "offs", offs, {at::kInt, at::kLong});
+  POLYMOE_CHECK(offs.dim() == 1, op, "offs", "a tensor [G]", describe(offs));
+  std::vector<int64_t> ends(size_t(offs.size(0)));
+  int64_t previous = 0;
+  for (size_t g = 0; g < ends.size(); ++g) {
+    const int64_t at = int64_t(g) * offs.stride(0);
+    ends[g] = offs.scalar_type() == at::kInt ? offs.const_data_ptr<int32_t>()[at] : offs.const_data_ptr<int64_t>()[at];
+    POLYMOE_CHECK(ends[g] >= previous && ends[g] <= ragged, op, "offs",
+                  c10::str("cumulative ends, non-decreasing, from 0 to ", ragged), ends[g], " after ", previous);
+    previous = ends[g];
+  }
+  return ends;
+}
+
 void compute(const GroupedMm& mm, const at::Tensor& out) {
-  advise_huge_pages(out);
+  if (!mm.accumulate) advise_huge_pages(out);
   const int64_t m = mm.a.size(-2), n = mm.b.size(-1), d = mm.a.size(-1);
   const int64_t out_size = out.element_size();
   char* const out_data = static_cast<char*>(out.data_ptr());
@@ -334,7 +354,7 @@ void compute(const GroupedMm& mm, const at::Tensor& out) {
       p.bias = static_cast<const char*>(mm.bias.const_data_ptr()) +
                (mm.bias.dim() == 2 ? g * n : begin) * mm.bias.element_size();
     p.n /= mm.b_stored.matrices;
-    if (p.m == 0 || p.n == 0) continue;
+    if (p.m == 0 || p.n == 0 || (mm.accumulate && p.d == 0)) continue;
     for (int64_t i = 0; i < mm.b_stored.matrices; ++i) {
       problems.push_back(p);
       p.w.data += p.n * d * mm.b.element_size();
@@ -350,7 +370,8 @@ void compute(const GroupedMm& mm, const at::Tensor& out) {
       out.narrow(1, end, n - end).zero_();
   }
   const Types types{kernel_dtype(mm.a.scalar_type()), kernel_dtype(out.scalar_type()),
-                    mm.bias.defined() ? kernel_dtype(mm.bias.scalar_type()) : Dtype::f32, mm.b_stored.format};
+                    mm.bias.defined() ? kernel_dtype(mm.bias.scalar_type()) : Dtype::f32, mm.b_stored.format,
+                    mm.accumulate};
   const bool plain = mm.b_stored.format == WeightFormat::plain, experts_do_it = mm.a_ragged() && !mm.b_ragged();
   const bool along_columns = plain && mm.b.stride(-1) == 1 && mm.b.stride(-2) != 1 && d > 1;
   if (along_columns && !(mm.as_experts && experts_do_it))

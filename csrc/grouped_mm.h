@@ -18,6 +18,7 @@ struct GroupedMm {
   StoredAs b_stored{WeightFormat::plain, 1};
   // Sum rows times weights in the order of polymoe::experts, for the same bits, even where another order is faster.
   bool as_experts = true;
+  bool accumulate = false;  // add to `out`; groups without a row are left alone
 
   bool a_ragged() const { return a.dim() == 2; }
   bool b_ragged() const { return b.dim() == 2; }
@@ -27,6 +28,9 @@ struct GroupedMm {
     return {a.size(-2), b.size(-1)};
   }
 };
+
+// Ends of the groups, cumulative, checked against the size of the dimension that is cut.
+std::vector<int64_t> group_ends(const char* op, const at::Tensor& offs, int64_t ragged);
 
 // Writes all of `out`, of out_sizes(): its last stride is 1, the others are any.
 void compute(const GroupedMm& mm, const at::Tensor& out);

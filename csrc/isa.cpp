@@ -1,5 +1,8 @@
 #include "isa.h"
 
+#if defined(__linux__)
+#include <sys/syscall.h>
+#endif
 #include <unistd.h>
 
 #include <algorithm>
@@ -24,7 +27,7 @@ struct Flag {
   Register reg;
   int bit;
 };
-constexpr std::array<Flag, 15> kCpuidFlags{{
+constexpr std::array<Flag, 17> kCpuidFlags{{
     {"sse3", Isa::avx2, 1, 0, ecx, 0},
     {"ssse3", Isa::avx2, 1, 0, ecx, 9},
     {"sse4_1", Isa::avx2, 1, 0, ecx, 19},
@@ -40,17 +43,20 @@ constexpr std::array<Flag, 15> kCpuidFlags{{
     {"avx512vl", Isa::avx512, 7, 0, ebx, 31},
     {"avx512_vnni", Isa::avx512_bf16, 7, 0, ecx, 11},
     {"avx512_bf16", Isa::avx512_bf16, 7, 1, eax, 5},
+    {"amx_tile", Isa::amx, 7, 0, edx, 24},
+    {"amx_bf16", Isa::amx, 7, 0, edx, 22},
 }};
 // Not CPUID flags but XCR0: the registers that the operating system saves when it switches threads.
-constexpr uint64_t kYmmState = 0x6, kZmmState = 0xe6;
+constexpr uint64_t kYmmState = 0x6, kZmmState = 0xe6, kTileState = 0x60000;
 struct OsState {
   const char* name;
   Isa needed_from;
   uint64_t mask;
 };
-constexpr std::array<OsState, 2> kOsStates{{
+constexpr std::array<OsState, 3> kOsStates{{
     {"os_saves_ymm", Isa::avx2, kYmmState},
     {"os_saves_zmm", Isa::avx512, kZmmState},
+    {"os_saves_tiles", Isa::amx, kTileState},
 }};
 constexpr size_t kFacts = kCpuidFlags.size() + kOsStates.size();
 
@@ -75,18 +81,28 @@ uint64_t read_xcr0() {
   asm volatile("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
   return uint64_t{high} << 32 | low;
 }
+
+// The registers that the system saves for this process. Linux has every process ask for the tiles: they are 8 KiB.
+uint64_t read_saved_state() {
+  const uint64_t xcr0 = read_xcr0();
+#if defined(__linux__)
+  constexpr int kRequestPermission = 0x1023, kTileData = 18;
+  if ((xcr0 & kTileState) == kTileState && syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0) return xcr0;
+#endif
+  return xcr0 & ~kTileState;
+}
 #else
 bool read_flag(const Flag&) { return false; }
-uint64_t read_xcr0() { return 0; }
+uint64_t read_saved_state() { return 0; }
 #endif
 
 std::array<Fact, kFacts> read_facts() {
   std::array<Fact, kFacts> facts{};
   size_t n = 0;
   for (const Flag& flag : kCpuidFlags) facts[n++] = {flag.name, flag.needed_from, read_flag(flag)};
-  const uint64_t xcr0 = read_xcr0();
+  const uint64_t saved = read_saved_state();
   for (const OsState& state : kOsStates)
-    facts[n++] = {state.name, state.needed_from, (xcr0 & state.mask) == state.mask};
+    facts[n++] = {state.name, state.needed_from, (saved & state.mask) == state.mask};
   return facts;
 }
 
@@ -96,7 +112,7 @@ std::array<Fact, kFacts>& facts() {
   return all;
 }
 
-constexpr const char* kLevelNames[kIsaLevels] = {"portable", "avx2", "avx512", "avx512_bf16"};
+constexpr const char* kLevelNames[kIsaLevels] = {"portable", "avx2", "avx512", "avx512_bf16", "amx"};
 
 std::string join(const std::vector<std::string>& names) {
   std::string text;
@@ -192,8 +208,8 @@ void disable_cpu_flags(const std::vector<std::string>& flags) {
   for (const std::string& flag : flags) {
     const auto fact = std::find_if(facts().begin(), facts().end(), [&](const Fact& f) { return flag == f.name; });
     if (fact == facts().end()) {
-      throw std::invalid_argument("polymoe.disable_cpu_flags: flags: expected flags from " +
-                                  join(isa_flags(Isa::avx512_bf16)) + ", got '" + flag + "'");
+      throw std::invalid_argument("polymoe.disable_cpu_flags: flags: expected flags from " + join(isa_flags(Isa::amx)) +
+                                  ", got '" + flag + "'");
     }
     found.push_back(&*fact);
   }

@@ -1,7 +1,8 @@
 // CPU facts: which instruction-set levels this machine can run, which one the kernels use, cache sizes.
 //
 // A level is one column of the per-level kernel tables in micro/. Every level uses all CPUID flags of the level
-// below it. Level names are the ones users see: "portable", "avx2", "avx512", "avx512_bf16".
+// below it. Level names are the ones users see: "portable", "avx2", "avx512", "avx512_bf16",
+// "amx".
 #pragma once
 
 #include <atomic>
@@ -12,8 +13,8 @@
 
 namespace polymoe {
 
-enum class Isa : int { portable, avx2, avx512, avx512_bf16 };
-inline constexpr int kIsaLevels = 4;
+enum class Isa : int { portable, avx2, avx512, avx512_bf16, amx };
+inline constexpr int kIsaLevels = 5;
 
 namespace detail {
 extern std::atomic<Isa> active_level;  // the best supported level once the library is loaded
@@ -25,7 +26,7 @@ inline Isa active_isa() { return detail::active_level.load(std::memory_order_rel
 const char* isa_name(Isa level);
 // The level of that name; std::invalid_argument names the accepted ones.
 Isa isa_from_name(const std::string& name);
-// The CPUID flags a level uses, and "os_saves_ymm" / "os_saves_zmm" for the registers the OS must save.
+// The CPUID flags a level uses, and "os_saves_ymm" and its like for the registers the OS must save.
 std::vector<std::string> isa_flags(Isa level);
 // What this machine (or this build) lacks to run a level; empty: the level is supported.
 std::vector<std::string> isa_missing(Isa level);

@@ -16,6 +16,12 @@
 
 namespace polymoe {
 
+// The overload "<op>.routed", of the kernel's type.
+template <class Kernel>
+auto routed_op(const char* op) {
+  return c10::Dispatcher::singleton().findSchemaOrThrow(op, "routed").template typed<Kernel>();
+}
+
 template <class Name, class Kernel, Kernel* kernel>
 struct Routed;
 
@@ -24,8 +30,7 @@ struct Routed<Name, Result(Args...), kernel> {
   static Result call(Args... args) {
     const c10::string_view backend = std::get<sizeof...(Args) - 1>(std::tie(args...));
     if (backend.empty() || backend == "cpu") return kernel(std::forward<Args>(args)...);
-    static const auto routed =
-        c10::Dispatcher::singleton().findSchemaOrThrow(Name::qualified(), "routed").template typed<Result(Args...)>();
+    static const auto routed = routed_op<Result(Args...)>(Name::qualified());
     // The op's own autograd kernel has run by now; the overload must not record a second time.
     const at::AutoDispatchBelowADInplaceOrView below_autograd;
     return routed.call(std::forward<Args>(args)...);

@@ -18,6 +18,7 @@ POLYMOE_LEVEL_TABLES(portable)
 POLYMOE_LEVEL_TABLES(avx2)
 POLYMOE_LEVEL_TABLES(avx512)
 POLYMOE_LEVEL_TABLES(avx512_bf16)
+POLYMOE_LEVEL_TABLES(amx)
 #endif
 
 namespace polymoe {
@@ -35,9 +36,8 @@ namespace {
 constexpr LevelTable kTables[] = {
     POLYMOE_LEVEL_ENTRY(portable),
 #if defined(__x86_64__)
-    POLYMOE_LEVEL_ENTRY(avx2),
-    POLYMOE_LEVEL_ENTRY(avx512),
-    POLYMOE_LEVEL_ENTRY(avx512_bf16),
+    POLYMOE_LEVEL_ENTRY(avx2),        POLYMOE_LEVEL_ENTRY(avx512),
+    POLYMOE_LEVEL_ENTRY(avx512_bf16), POLYMOE_LEVEL_ENTRY(amx),
 #endif
 };
 

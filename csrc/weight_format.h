@@ -1,8 +1,12 @@
-// The weight formats of the ops' `weight_format` argument.
+// The weight formats and modes of the ops' arguments.
 #pragma once
 
 #include <ATen/core/Tensor.h>
 #include <c10/util/string_view.h>
+
+#include <initializer_list>
+#include <optional>
+#include <utility>
 
 #include "micro/gemm_kernel.h"
 
@@ -16,5 +20,12 @@ struct StoredAs {
 };
 
 StoredAs parse_weight_format(const char* op, c10::string_view name);
+
+// True for the names of quantised formats; the Python side of the ops knows which there are.
+bool is_quantized(c10::string_view weight_format);
+
+// Refuses a mode other than "weight_only", and scales or zero points, for weights that are not quantised.
+void check_unquantized(const char* op, c10::string_view weight_format, c10::string_view mode,
+                       std::initializer_list<std::pair<const char*, const std::optional<at::Tensor>&>> companions);
 
 }  // namespace polymoe

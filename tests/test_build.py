@@ -64,6 +64,8 @@ def instructions(path: Path) -> Iterator[tuple[str, str]]:
 
 def lowest_level(mnemonic: str, operands: str) -> str:
     """The lowest level that has this instruction."""
+    if (mnemonic.startswith("t") and "tmm" in operands) or mnemonic in ("ldtilecfg", "tilerelease"):
+        return "amx"
     if re.search("bf16", mnemonic) or re.match("vpdp(bus|wss)ds?$", mnemonic):
         return "avx512_bf16"
     if re.search(r"%zmm|%k[0-7]|%[xy]mm(1[6-9]|2\d|3[01])\b", operands):
@@ -100,10 +102,10 @@ def test_supported_levels_can_be_forced() -> None:
 
 
 def test_unknown_level_is_refused() -> None:
-    expected = r"^polymoe.set_isa_level: level: expected one of portable, avx2, avx512, avx512_bf16, got 'amx'$"
+    expected = r"^polymoe.set_isa_level: level: expected one of portable, avx2, avx512, avx512_bf16, amx, got 'sse'$"
     before = polymoe.isa_level()
     with pytest.raises(ValueError, match=expected):
-        polymoe.set_isa_level("amx")
+        polymoe.set_isa_level("sse")
     assert polymoe.isa_level() == before
 
 
@@ -111,7 +113,13 @@ def test_level_above_the_machine_is_refused() -> None:
     code = """
 import torch, polymoe
 from polymoe import _C
-for lost, best in [("avx512_bf16", "avx512"), ("os_saves_zmm", "avx2"), ("avx512vl", "avx2"), ("fma", "portable")]:
+for lost, best in [
+    ("os_saves_tiles", "avx512_bf16"),
+    ("avx512_bf16", "avx512"),
+    ("os_saves_zmm", "avx2"),
+    ("avx512vl", "avx2"),
+    ("fma", "portable"),
+]:
     if best not in _C.isa_supported():
         continue  # the machine itself is below
     _C.disable_cpu_flags([lost])

@@ -108,6 +108,9 @@ BAD: dict[str, list[Case]] = {
         ("bias", {"bias": f32(I)}),
         ("bias", {"bias": f32(G, I).half()}),
         ("bias", {"a": f32(G, 5, H), "b": f32(H, 5), "bias": f32(G, 5)}),
+        ("weight_format", {"weight_format": "mxfp5"}),
+        ("mode", {"mode": "int8"}),
+        ("scale", {"scale": f32(G, I)}),
         ("out_dtype", {"out_dtype": torch.float64}),
         ("out_dtype", {"out_dtype": torch.int32}),
         ("out_dtype", {"a": f32(5, H).double(), "b": f32(G, H, I).double(), "out_dtype": torch.float32}),
@@ -172,6 +175,10 @@ BAD: dict[str, list[Case]] = {
         ("down_bias", {"down_bias": f32(E, H + 1)}),
         ("down_bias", {"down_bias": i32(E, H)}),
         ("weight_placement", {"weight_placement": "gate"}),
+        ("weight_format", {"weight_format": "packed_gate_up"}),
+        ("mode", {"mode": "int4"}),
+        ("mode", {"mode": "int8"}),
+        ("down_zero", {"down_zero": i32(E, H)}),
     ],
 }
 

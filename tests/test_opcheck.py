@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.library import opcheck
 
 import polymoe
+from polymoe import formats
 from polymoe.hal.problem import GRADIENT_OPS, OPS
 from polymoe.hal.select import serving
 
@@ -116,11 +117,27 @@ def gradient_samples() -> list[Sample]:
     T, p = 7, polymoe.plan(ids_with_skips(7), E)
     weights, h, logits = torch.rand(T, K), torch.randn(T * K, 2 * I), torch.randn(T, E)
     rows = torch.randn(T * K, H).bfloat16()
+    weight = formats.Mxfp4().quantize(torch.randn(3, I, H))
     return [
         ("row_dot", (torch.randn(T, H), rows, p.slot_row), {}),
+        ("grouped_mm_dx", (torch.randn(T * K, I), torch.randn(E, I, H).mT, p.offsets[1:], torch.bfloat16), {}),
         ("activate_backward", (h, torch.randn(T * K, I), "swiglu"), {}),
         ("activate_backward", (h, torch.randn(T * K, I), "geglu", None, None, True, p.row_slot, weights, True), {}),
         ("gate_backward", (logits, torch.randn(T, K), ids_with_skips(T).clamp(max=E - 1), "softmax"), {}),
+        (
+            "quantized_backward",
+            (
+                torch.randn(5, I),
+                weight.data,
+                weight.scale.view(torch.uint8),
+                None,
+                torch.tensor([1, 2, 5]),
+                H,
+                "mxfp4",
+                torch.bfloat16,
+            ),
+            {},
+        ),
     ]
 
 

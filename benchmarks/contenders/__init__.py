@@ -12,6 +12,7 @@ from collections.abc import Sequence
 
 from benchmarks.contenders.base import Plugin, Prepared, Problem
 from benchmarks.contenders.eager import Eager
+from benchmarks.contenders.gpu_peers import Liger, ScatterMoe, VllmTriton
 from benchmarks.contenders.kt_kernel import KtKernel
 from benchmarks.contenders.polymoe import PolymoePlain, PolymoePrepacked
 from benchmarks.contenders.torch_grouped import TorchGrouped
@@ -42,8 +43,14 @@ def choose(problem: Problem, names: Sequence[str] = ()) -> tuple[list[Plugin], d
         raise ValueError(f"contenders: expected some of {', '.join(_plugins)}, got {', '.join(unknown)}")
     named = {BASELINE, *names}
     wanted = [p for p in _plugins.values() if not names or p.name in named or p.name.split()[0] in named]
-    reasons = {p.name: reason for p in wanted if (reason := p.declined(problem))}
+    reasons = {p.name: reason for p in wanted if (reason := _declined(p, problem))}
     return [p for p in wanted if p.name not in reasons], reasons
+
+
+def _declined(plugin: Plugin, problem: Problem) -> str | None:
+    if problem.device not in plugin.devices:
+        return f"it runs on {', '.join(plugin.devices)}, not on {problem.device}"
+    return plugin.declined(problem)
 
 
 for _plugin in (
@@ -55,6 +62,10 @@ for _plugin in (
     KtKernel(),
     PolymoePrepacked(),
     PolymoePlain(),
+    PolymoePlain("triton"),
     PolymoePlain("reference"),
+    ScatterMoe(),
+    Liger(),
+    VllmTriton(),
 ):
     register(_plugin)

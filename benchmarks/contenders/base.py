@@ -23,6 +23,7 @@ class Problem:
     dtype: str
     level: str
     best_level: bool
+    device: str = "cpu"
 
 
 @dataclass(frozen=True)
@@ -41,12 +42,16 @@ class Plugin(ABC):
     peer      not polymoe
     isolated  runs in a process of its own, stopped while it is not its turn: for libraries whose threads spin
     copies    copies of the weights that `prepare` makes, for the estimate of memory
+    devices   types of devices that it runs on
+    reads     see Contender
     """
 
     name: str
     peer: ClassVar[bool] = True
     isolated: ClassVar[bool] = False
     copies: ClassVar[int] = 0
+    devices: ClassVar[tuple[str, ...]] = ("cpu",)
+    reads: ClassVar[bool] = False
 
     @abstractmethod
     def declined(self, problem: Problem) -> str | None:

@@ -12,6 +12,8 @@ from benchmarks.layer import Layer, gated
 
 class Eager(Plugin):
     name = "eager"
+    devices = ("cpu", "cuda", "xpu")
+    reads = True
 
     def declined(self, problem: Problem) -> str | None:
         return None

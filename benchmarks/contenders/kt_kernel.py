@@ -25,7 +25,7 @@ class KtKernel(Plugin):
             not_installed("kt_kernel")
             or limited(problem)
             or only("dtype", problem.dtype, ("bf16",))
-            or only("level", problem.level, ("avx512_bf16",))
+            or only("level", problem.level, ("avx512_bf16", "amx"))
             or only("activation", problem.shape.activation, ("swiglu", "swiglu_clamped"))
         )
 

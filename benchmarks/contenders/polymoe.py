@@ -8,10 +8,11 @@ from torch import Tensor
 
 import polymoe
 from benchmarks import inputs
-from benchmarks._harness import contender_name
+from benchmarks._case import contender_name
 from benchmarks.contenders.base import Plugin, Prepared, Problem
 from benchmarks.layer import InputSet, Layer
 from polymoe.formats import pack_
+from polymoe.hal.problem import OPS
 from polymoe.hal.problem import Problem as Selection
 from polymoe.hal.select import decide
 
@@ -20,6 +21,7 @@ class PolymoePlain(Plugin):
     """On weights in the layout of nn.Linear, as Transformers holds them."""
 
     peer = False
+    devices = ("cpu", "cuda", "xpu")
 
     def __init__(self, backend: str | None = None) -> None:
         self.backend = backend
@@ -48,9 +50,9 @@ class PolymoePrepacked(Plugin):
 
 
 def _declined(problem: Problem, weight_format: str, backend: str | None) -> str | None:
-    options = (problem.shape.activation, "output", weight_format)
+    strings = OPS["experts"].options | {"activation": problem.shape.activation, "weight_format": weight_format}
     try:
-        decide(Selection("experts", "cpu", inputs.DTYPES[problem.dtype], options), backend)
+        decide(Selection("experts", problem.device, inputs.DTYPES[problem.dtype], tuple(strings.values())), backend)
     except ValueError as error:
         return str(error)
     return None

@@ -12,6 +12,7 @@ from benchmarks.layer import Layer, gated
 
 class TorchGrouped(Plugin):
     name = "F.grouped_mm"
+    devices = ("cpu", "cuda", "xpu")
 
     def declined(self, problem: Problem) -> str | None:
         return None if hasattr(F, "grouped_mm") else f"torch {torch.__version__} has no F.grouped_mm"
@@ -24,7 +25,8 @@ def grouped(layer: Layer, x: Tensor, weights: Tensor, ids: Tensor) -> Tensor:
     """All experts at once: sort the slots by expert, two F.grouped_mm, undo the sort, sum over the slots."""
     T, K = ids.shape
     sorted_ids, slots = torch.sort(ids.reshape(-1))
-    offs = sorted_ids.bincount(minlength=layer.shape.E).cumsum(0, dtype=torch.int32)
+    experts = torch.arange(layer.shape.E, device=ids.device)
+    offs = torch.searchsorted(sorted_ids, experts, right=True, out_int32=True)
     h = F.grouped_mm(x[slots // K], layer.gate_up.mT, offs=offs)
     if layer.gate_up_bias is not None:
         h += layer.gate_up_bias[sorted_ids]
@@ -33,5 +35,5 @@ def grouped(layer: Layer, x: Tensor, weights: Tensor, ids: Tensor) -> Tensor:
         y += layer.down_bias[sorted_ids]
     y *= weights.reshape(-1)[slots, None]
     back = torch.empty_like(slots)
-    back[slots] = torch.arange(T * K)
+    back[slots] = torch.arange(T * K, device=ids.device)
     return y[back].view(T, K, -1).sum(dim=1)

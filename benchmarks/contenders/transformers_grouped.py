@@ -15,6 +15,8 @@ TRANSPOSED = ("swiglu_oai",)  # gpt-oss holds its weights as [E, in, out]
 
 class TransformersGrouped(Plugin):
     name = "transformers"
+    devices = ("cpu", "cuda", "xpu")
+    reads = True
 
     def declined(self, problem: Problem) -> str | None:
         return not_installed("transformers")

@@ -4,6 +4,8 @@
 #include <immintrin.h>
 #include <omp.h>
 #include <sys/mman.h>
+#include <sys/syscall.h>
+#include <unistd.h>
 
 #include <algorithm>
 #include <atomic>
@@ -161,6 +163,32 @@ __attribute__((target("avx512f,avx512vnni"))) void dpbusd_avx512(int64_t steps) 
   for (auto& s : sum) touch(s);
 }
 
+// Tiles of zeros: four sums from two by two operands.
+__attribute__((target("amx-tile,amx-bf16"))) void tdpbf16ps(int64_t steps) {
+  alignas(64) struct {
+    uint8_t palette = 1, start_row = 0, reserved[14] = {};
+    uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
+    uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
+  } config;
+  asm volatile("ldtilecfg %0" : : "m"(config));
+  for (int64_t i = 0; i < steps; ++i) {
+#pragma GCC unroll 3
+    for (int group = 0; group < kChains / 4; ++group) {
+      _tile_dpbf16ps(0, 4, 6);
+      _tile_dpbf16ps(1, 4, 7);
+      _tile_dpbf16ps(2, 5, 6);
+      _tile_dpbf16ps(3, 5, 7);
+    }
+  }
+  _tile_release();
+}
+
+// Linux has every process ask for the tile registers.
+bool may_use_tiles() {
+  constexpr int kRequestPermission = 0x1023, kTileData = 18;
+  return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+}
+
 struct Instruction {
   const char* name;
   void (*run)(int64_t steps);
@@ -175,6 +203,7 @@ const Instruction* find(const char* name) {
       {"fma_avx2", fma_avx2, 2 * 8, bool(__builtin_cpu_supports("avx2")) && bool(__builtin_cpu_supports("fma"))},
       {"fma_avx512", fma_avx512, 2 * 16, avx512f},
       {"vdpbf16ps", dpbf16_avx512, 2 * 32, avx512f && __builtin_cpu_supports("avx512bf16")},
+      {"tdpbf16ps", tdpbf16ps, 2 * 16 * 16 * 32, __builtin_cpu_supports("amx-bf16") && may_use_tiles()},
       {"vpdpbusd", dpbusd_avx512, 2 * 64, avx512f && __builtin_cpu_supports("avx512vnni")},
   };
   for (const Instruction& one : all)

@@ -1,7 +1,7 @@
 // The packed matmul microkernel: register tiles of rows by columns, activations broadcast, weights streamed. A lane of
 // an accumulator is a column; it takes the steps of a block in ascending order.
 #include "../formats/packed.h"
-#include "gemm_kernel.h"
+#include "amx_gemm.h"
 
 namespace polymoe::POLYMOE_LEVEL {
 namespace {
@@ -350,8 +350,14 @@ constexpr GemmKernel kernel = {F::step,      int(F::packed_lanes * sizeof(typena
 
 }  // namespace
 
+#if defined(POLYMOE_LEVEL_AMX)
+constexpr const GemmKernel* kBf16 = &packed_bf16;
+#else
+constexpr const GemmKernel* kBf16 = &kernel<PackedBf16>;
+#endif
+
 extern const GemmTable packed_gemm_table;
-const GemmTable packed_gemm_table = {{&kernel<PackedF32>, &kernel<PackedBf16>, &kernel<PackedF16>,
+const GemmTable packed_gemm_table = {{&kernel<PackedF32>, kBf16, &kernel<PackedF16>,
 #if defined(POLYMOE_LEVEL_PORTABLE)
                                       &kernel<PackedF64>
 #else

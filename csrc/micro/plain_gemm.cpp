@@ -2,7 +2,7 @@
 // weights are streamed as nn.Linear lays them out, without a packed copy. A lane of an accumulator takes every
 // step-th element; after a block the lanes are added in a fixed tree.
 #include "../formats/plain.h"
-#include "gemm_kernel.h"
+#include "amx_gemm.h"
 
 namespace polymoe::POLYMOE_LEVEL {
 namespace {
@@ -163,8 +163,14 @@ constexpr GemmKernel kernel = {F::step, sizeof(typename F::Packed), kMaxRows, 1,
 
 }  // namespace
 
+#if defined(POLYMOE_LEVEL_AMX)
+constexpr const GemmKernel* kBf16 = &plain_bf16;
+#else
+constexpr const GemmKernel* kBf16 = &kernel<PlainBf16>;
+#endif
+
 extern const GemmTable plain_gemm_table;
-const GemmTable plain_gemm_table = {{&kernel<PlainF32>, &kernel<PlainBf16>, &kernel<PlainF16>,
+const GemmTable plain_gemm_table = {{&kernel<PlainF32>, kBf16, &kernel<PlainF16>,
 #if defined(POLYMOE_LEVEL_PORTABLE)
                                      &kernel<PlainF64>
 #else

@@ -18,6 +18,7 @@ from polymoe.ops import (
     experts,
     gate,
     grouped_mm,
+    grouped_mm_dw_,
     plan,
     update_bias,
 )
@@ -39,6 +40,7 @@ __all__ = [
     "force_isa_level",
     "gate",
     "grouped_mm",
+    "grouped_mm_dw_",
     "isa_level",
     "isa_levels",
     "isa_supported",

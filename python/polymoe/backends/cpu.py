@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +25,9 @@ class CpuBackend:
             return missing_reason
         if not torch._C._dispatch_has_kernel_for_dispatch_key(f"polymoe::{op}", "CPU"):
             return f"the C++ extension has no kernel for {op}"
+        weight_format = problem.option.get("weight_format", "plain")
+        if weight_format in importlib.import_module("polymoe.formats").FORMATS:  # by name: it imports the ops
+            return f"it has no kernel for {weight_format} weights"
         return None
 
     def implementation(self, op: str) -> Callable[..., Any]:

@@ -39,8 +39,11 @@ class TritonBackend:
             return "triton is not installed"
         if problem.dtype == torch.float64:
             return "its kernels compute in float32; float64 is for the cpu and reference backends"
-        if any(option.startswith("packed") for option in problem.options):
+        weight_format = problem.option.get("weight_format", "plain")
+        if weight_format.startswith("packed"):
             return "packed weights are laid out for the CPU kernels"
+        if weight_format in importlib.import_module("polymoe.formats").FORMATS:  # by name: it imports the ops
+            return f"it has no kernel for {weight_format} weights"
         return _too_old() if problem.device_type == "cuda" else None
 
     def implementation(self, op: str) -> Callable[..., Any]:

@@ -127,16 +127,18 @@ class Format(ABC):
         """The last dimension of `data`."""
         return -(-D // self.codes_per_byte)
 
-    def check(self, op: str, name: str, weight: Weight) -> None:
-        """Raises ValueError unless dtypes and shapes are those of this format."""
+    def check(self, op: str, name: str, weight: Weight, scale_name: str = "", zero_name: str = "") -> None:
+        """Raises ValueError unless dtypes and shapes are those of this format. The scale and the zero points are called
+        `name`_scale and `name`_zero, if nothing else is given."""
+        scale_name, zero_name = scale_name or f"{name}_scale", zero_name or f"{name}_zero"
         lead = weight.data.shape[:-2]
         check_that.dtype(op, name, weight.data, self.data_dtypes)
-        check_that.dtype(op, f"{name}_scale", weight.scale, self.scale_dtypes)
+        check_that.dtype(op, scale_name, weight.scale, self.scale_dtypes)
         self._shape(op, name, weight.data, (*lead, weight.N, self.data_width(weight.D)))
-        self._shape(op, f"{name}_scale", weight.scale, (*lead, *self.scale_shape(weight.N, weight.D)))
+        self._shape(op, scale_name, weight.scale, (*lead, *self.scale_shape(weight.N, weight.D)))
         if weight.zero is not None:
-            self.check_zero(op, f"{name}_zero", weight.zero)
-            self._shape(op, f"{name}_zero", weight.zero, weight.scale.shape)
+            self.check_zero(op, zero_name, weight.zero)
+            self._shape(op, zero_name, weight.zero, weight.scale.shape)
 
     def check_zero(self, op: str, name: str, zero: Tensor) -> None:
         """Raises ValueError unless the format has zero points and `zero` has their dtype."""

@@ -226,7 +226,13 @@ def _notes(backend: Backend, problem: Problem, arguments: Mapping[str, Any]) -> 
     """A backend may have a method notes(op, problem, arguments) -> list[str], with remarks on the path of a call."""
     notes = getattr(backend, "notes", None)
     own = [] if notes is None else notes(problem.op, problem, arguments)
-    return (*own, *_skipped(arguments))
+    return (*own, *_stored(arguments), *_skipped(arguments))
+
+
+def _stored(arguments: Mapping[str, Any]) -> Iterator[str]:
+    weight_format = arguments.get("weight_format", "plain")
+    if weight_format != "plain" and not weight_format.startswith("packed"):
+        yield f"weights are read as {weight_format}, mode {arguments['mode']}"
 
 
 def _skipped(arguments: Mapping[str, Any]) -> Iterator[str]:

@@ -7,6 +7,7 @@ from polymoe.ops.dispatch import dispatch
 from polymoe.ops.experts import experts
 from polymoe.ops.gate import gate
 from polymoe.ops.grouped_mm import grouped_mm
+from polymoe.ops.grouped_mm_gradient import grouped_mm_dw_
 from polymoe.ops.plan import Plan, plan
 
 __all__ = [
@@ -19,6 +20,7 @@ __all__ = [
     "experts",
     "gate",
     "grouped_mm",
+    "grouped_mm_dw_",
     "plan",
     "update_bias",
 ]

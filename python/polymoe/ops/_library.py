@@ -48,6 +48,7 @@ def define_op(
     options: Mapping[str, str] = MappingProxyType({}),
     gradient: Gradient | None = None,
     specs: dict[str, OpSpec] = OPS,
+    composed: Callable[..., Any] | None = None,
 ) -> Callable[..., Any]:
     """Defines the op `polymoe::<name>` and returns the function that calls it.
 
@@ -58,13 +59,18 @@ def define_op(
     options    the string arguments that the choice of a backend may depend on, with their defaults
     gradient   of the op; without one its backward is an error
     specs      where the op is listed: among those that users call, or those that only gradients are made of
+    composed   of an op that only gradients are made of: the same on other ops of the backend that is its keyword, for
+               those that leave the op out; without it the reference serves them
     """
 
     def route(*args: Any, backend: str = "") -> Any:
         check(*args)
         if specs is GRADIENT_OPS and backend:
             problem = Problem(name, args[0].device.type, args[0].dtype, option_values(args))
-            backend = backend if declined(get(backend), problem) is None else "reference"
+            if declined(get(backend), problem) is not None:
+                if composed is not None:
+                    return composed(*args, backend=backend)
+                backend = "reference"
         chosen = choose(name, args[0].device.type, args[0].dtype, option_values(args), backend or None)
         return get(chosen).implementation(name)(*args)
 
@@ -96,6 +102,35 @@ def define_op(
 
     specs[name] = OpSpec(name, subject=names[0], options=options, wrapper=call)
     return call
+
+
+def grad_dtype(tensor: Tensor) -> torch.dtype:
+    """The dtype that the gradient of an argument should have: torch's `grad_dtype` where a leaf names one."""
+    named = getattr(tensor, "grad_dtype", None) if tensor.is_leaf else None
+    return tensor.dtype if named is None else named
+
+
+def define_mutable_op(
+    name: str, signature: str, check: Callable[..., None], composed: Callable[..., None], like: str
+) -> Callable[..., None]:
+    """Defines the op `polymoe::<name>`, which writes into its first argument and has no gradient, and returns it. C++
+    registers its CPU kernel; for other backends, chosen as for the op `like`, it is `composed` of their ops, as in
+    define_op."""
+
+    def route(*args: Any, backend: str = "") -> None:
+        check(*args)
+        problem = OPS[like].problem(args[1].device.type, args[1].dtype)
+        composed(*args, backend=backend or choose(*problem, None))
+
+    def checked_fake(*args: Any, backend: str = "") -> None:
+        check(*args)
+
+    for overload in ("", ".routed"):
+        LIB.define(f"{name}{overload}{signature}", tags=(torch.Tag.pt2_compliant_tag,))
+        LIB.impl(f"{name}{overload}", route, "CompositeExplicitAutograd")
+        torch.library.register_fake(f"polymoe::{name}{overload}", checked_fake, lib=LIB)
+    op: Callable[..., None] = getattr(torch.ops.polymoe, name).default
+    return op
 
 
 def register_gradient(name: str, qualified: str, gradient: Gradient | None) -> None:

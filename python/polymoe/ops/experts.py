@@ -6,11 +6,13 @@ from torch import Tensor
 from polymoe.hal.select import select
 from polymoe.ops import _check as check_that
 from polymoe.ops._library import Gradient, define_op, public
+from polymoe.ops._weights import QUANTIZED, check_options, check_quantized
 from polymoe.ops.activate import KINDS, check_kind
 from polymoe.ops.experts_gradient import gradients, setup
 
 WEIGHT_PLACEMENTS = ("output", "activation", "input")
-WEIGHT_FORMATS = ("plain", "packed")
+UNQUANTIZED = ("plain", "packed")
+WEIGHT_FORMATS = (*UNQUANTIZED, *QUANTIZED)
 
 
 def check(
@@ -29,15 +31,30 @@ def check(
     weight_placement: str = "output",
     save: bool = False,
     weight_format: str = "plain",
+    gate_up_scale: Tensor | None = None,
+    down_scale: Tensor | None = None,
+    gate_up_zero: Tensor | None = None,
+    down_zero: Tensor | None = None,
+    mode: str = "weight_only",
 ) -> None:
     op = "experts"
     check_that.dtype(op, "x", x, check_that.FLOATS)
     check_that.shape(op, "x", x, {"T": None, "H": None})
     check_kind(op, "activation", activation, alpha, limit, interleaved)
     check_that.choice(op, "weight_placement", weight_placement, WEIGHT_PLACEMENTS)
-    E, P = _check_projections(x, gate_up, down, activation, transposed)
-    check_that.choice(op, "weight_format", weight_format, WEIGHT_FORMATS)
-    if weight_format != "plain":
+    companions = {
+        "gate_up_scale": gate_up_scale,
+        "down_scale": down_scale,
+        "gate_up_zero": gate_up_zero,
+        "down_zero": down_zero,
+    }
+    check_options(op, weight_format, UNQUANTIZED, mode, companions)
+    if weight_format in QUANTIZED:
+        pair = ((gate_up, gate_up_scale, gate_up_zero), (down, down_scale, down_zero))
+        E, P = _check_quantized(x, *pair, activation, transposed, weight_format)
+    else:
+        E, P = _check_projections(x, gate_up, down, activation, transposed)
+    if weight_format == "packed":
         check_that.contiguous(op, "gate_up", gate_up)
         check_that.contiguous(op, "down", down)
     check_that.dtype(op, "ids", ids, check_that.IDS)
@@ -60,6 +77,36 @@ def _up(activation: str) -> str:
     return "2I" if KINDS[activation].gated else "I"
 
 
+Stored = tuple[Tensor, Tensor | None, Tensor | None]  # data, scale and zero points
+
+
+def _check_quantized(
+    x: Tensor, gate_up: Stored, down: Stored, activation: str, transposed: bool, weight_format: str
+) -> tuple[int, int]:
+    """Returns E and the width of the gate/up projection."""
+    op = "experts"
+    if transposed:
+        check_that.fail(op, "transposed", f"False for {weight_format}", True)
+
+    def check_weight(name: str, weight: Stored, D: int) -> None:
+        check_quantized(op, (name, f"{name}_scale", f"{name}_zero"), weight, weight_format, D, x)
+
+    check_weight("gate_up", gate_up, x.shape[1])
+    E, P = gate_up[0].shape[:2]
+    _check_width(gate_up[0], P, activation)
+    if down[0].dim() != 3 or down[0].shape[:2] != (E, x.shape[1]):
+        check_that.fail(op, "down", f"a tensor [E={E}, H={x.shape[1]}, ...]", check_that.describe(down[0]))
+    check_weight("down", down, P // 2 if KINDS[activation].gated else P)
+    return E, P
+
+
+def _check_width(gate_up: Tensor, P: int, activation: str) -> None:
+    if gate_up.shape[0] < 1:
+        check_that.fail("experts", "gate_up", "at least 1 expert", check_that.describe(gate_up))
+    if KINDS[activation].gated and P % 2 != 0:
+        check_that.fail("experts", "gate_up", f"an even 2I for {activation}", check_that.describe(gate_up))
+
+
 def _check_projections(x: Tensor, gate_up: Tensor, down: Tensor, activation: str, transposed: bool) -> tuple[int, int]:
     """Returns E and the width of the gate/up projection."""
     op, H, up = "experts", x.shape[1], _up(activation)
@@ -71,10 +118,7 @@ def _check_projections(x: Tensor, gate_up: Tensor, down: Tensor, activation: str
 
     check_weight("gate_up", gate_up, None, {up: None, "H": H})
     E, P = gate_up.shape[0], gate_up.shape[2 if transposed else 1]
-    if E < 1:
-        check_that.fail(op, "gate_up", "at least 1 expert", check_that.describe(gate_up))
-    if up == "2I" and P % 2 != 0:
-        check_that.fail(op, "gate_up", f"an even 2I for {activation}", check_that.describe(gate_up))
+    _check_width(gate_up, P, activation)
     check_weight("down", down, E, {"H": H, "I": P // 2 if up == "2I" else P})
     return E, P
 
@@ -95,6 +139,11 @@ def fake(
     weight_placement: str = "output",
     save: bool = False,
     weight_format: str = "plain",
+    gate_up_scale: Tensor | None = None,
+    down_scale: Tensor | None = None,
+    gate_up_zero: Tensor | None = None,
+    down_zero: Tensor | None = None,
+    mode: str = "weight_only",
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     out = x.new_empty(x.shape)
     if not save:
@@ -115,11 +164,12 @@ _experts = define_op(
     '(Tensor x, Tensor gate_up, Tensor down, Tensor weights, Tensor ids, str activation="swiglu", float? alpha=None, '
     "float? limit=None, Tensor? gate_up_bias=None, Tensor? down_bias=None, bool transposed=False, "
     'bool interleaved=False, str weight_placement="output", bool save=False, str weight_format="plain", '
-    '*, str backend="") '
+    "Tensor? gate_up_scale=None, Tensor? down_scale=None, Tensor? gate_up_zero=None, Tensor? down_zero=None, "
+    'str mode="weight_only", *, str backend="") '
     "-> (Tensor out, Tensor pre_activation, Tensor offsets, Tensor row_slot, Tensor slot_row)",
     check,
     fake,
-    options={"activation": "swiglu", "weight_placement": "output", "weight_format": "plain"},
+    options={"activation": "swiglu", "weight_placement": "output", "weight_format": "plain", "mode": "weight_only"},
     gradient=Gradient(setup, gradients),
 )
 
@@ -140,6 +190,11 @@ def experts(
     interleaved: bool = False,
     weight_placement: str = "output",
     weight_format: str = "plain",
+    gate_up_scale: Tensor | None = None,
+    down_scale: Tensor | None = None,
+    gate_up_zero: Tensor | None = None,
+    down_zero: Tensor | None = None,
+    mode: str = "weight_only",
     *,
     recompute: bool = False,
     backend: str | None = None,
@@ -160,6 +215,13 @@ def experts(
             its rounding; DeepSeek's own code) or "input" (in dispatch, with one more rounding; Llama-4).
         weight_format: "plain", or "packed" for weights as polymoe.formats.pack_ left them: gate_up packed with
             gate_up=True where the activation is gated, and both contiguous. `interleaved` then speaks of the bias.
+            Or the name of a quantised format: gate_up and down are then its data as polymoe.formats documents them, for
+            weights [E, 2I, H] ([E, I, H] ungated) and [E, H, I]. They take no gradient, but everything else does.
+        gate_up_scale, down_scale, gate_up_zero, down_zero: scales and zero points as the format documents them; for
+            quantised weights only.
+        mode: how products with quantised weights are computed. "weight_only": x as it is; a weight counts as code times
+            scale, without any rounding. "int8": what is multiplied is rounded once per token to 8-bit integers in
+            groups of 32 with a scale each, for mxfp4, int8 and int4 weights; faster, and less accurate.
         recompute: save neither the pre-activation nor the plan for the gradient, but compute them once more: the same
             gradients, to the bit.
 
@@ -178,7 +240,7 @@ def experts(
     Raises:
         ValueError: any other shape, dtype, device or option.
     """
-    chosen = select("experts", x, (activation, weight_placement, weight_format), backend)
+    chosen = select("experts", x, (activation, weight_placement, weight_format, mode), backend)
     tensors = (x, gate_up, down, weights, gate_up_bias, down_bias)
     save = not recompute and torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
     out: Tensor = _experts(
@@ -197,6 +259,11 @@ def experts(
         weight_placement,
         save,
         weight_format,
+        gate_up_scale,
+        down_scale,
+        gate_up_zero,
+        down_zero,
+        mode,
         backend=chosen,
     )[0]
     return out

@@ -13,16 +13,29 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from polymoe.ops import _check as check_that
-from polymoe.ops.activate import activate_backward
+from polymoe.ops._library import grad_dtype
+from polymoe.ops._weights import check_differentiable
+from polymoe.ops.activate import KINDS, activate_backward
+from polymoe.ops.grouped_mm_gradient import grouped_mm_dx
+from polymoe.ops.quantized_backward import quantized_backward
 from polymoe.ops.row_dot import row_dot
 
-OPTIONS = ("activation", "alpha", "limit", "transposed", "interleaved", "weight_placement", "save")
+OPTIONS = (
+    "activation",
+    "alpha",
+    "limit",
+    "transposed",
+    "interleaved",
+    "weight_placement",
+    "save",
+    "weight_format",
+    "mode",
+)
 
 
 def setup(ctx: Any, args: Any, results: tuple[Tensor, ...]) -> None:
-    if args.weight_format != "plain":
-        check_that.fail("experts", "weight_format", '"plain" where a gradient is needed', f'"{args.weight_format}"')
+    parts = ("gate_up", "down", "gate_up_scale", "down_scale")
+    check_differentiable("experts", args.weight_format, {name: ctx.needs[name] for name in parts})
     ctx.mark_non_differentiable(*results[1:])
     needs, at_input = ctx.needs, args.weight_placement == "input"
     upstream = _needs_pre_activation_gradient(needs)
@@ -36,10 +49,16 @@ def setup(ctx: Any, args: Any, results: tuple[Tensor, ...]) -> None:
         args.gate_up_bias if not args.save else None,
         args.down_bias if needs["weights"] and args.weight_placement == "output" else None,
         None if args.save else args.ids,
+        args.gate_up_scale,
+        args.down_scale,
+        args.gate_up_zero,
+        args.down_zero,
         *saved,
     )
     ctx.options = SimpleNamespace(**{name: getattr(args, name) for name in OPTIONS})
     ctx.options.experts, ctx.options.dtype = args.gate_up.shape[0], args.x.dtype
+    ctx.options.hidden = args.x.shape[1]
+    ctx.options.grad_dtypes = {name: grad_dtype(getattr(args, name)) for name in ("gate_up", "down")}
     for name in ("gate_up_bias", "down_bias"):
         bias = getattr(args, name)
         setattr(ctx.options, f"{name}_dtype", None if bias is None else bias.dtype)
@@ -59,6 +78,10 @@ class Saved(NamedTuple):
     gate_up_bias: Tensor | None
     down_bias: Tensor | None
     ids: Tensor
+    gate_up_scale: Tensor | None
+    down_scale: Tensor | None
+    gate_up_zero: Tensor | None
+    down_zero: Tensor | None
     pre_activation: Tensor
     offsets: Tensor
     row_slot: Tensor
@@ -77,8 +100,9 @@ def gradients(ctx: Any, grad: Tensor, *unused: None) -> dict[str, Tensor]:
 
     act = (options.activation, options.alpha, options.limit, options.interleaved, saved.row_slot, weights)
     if _needs_pre_activation_gradient(needs) or needs["weights"]:
-        down = saved.down.mT if options.transposed else saved.down  # [E, H, I]
-        d_activation = ops.grouped_mm(rows, down, ends, None, _wide(rows), backend=backend)
+        down = (saved.down, saved.down_scale, saved.down_zero)
+        I = saved.pre_activation.shape[1] // (2 if KINDS[options.activation].gated else 1)
+        d_activation = _through(rows, down, I, ends, options, backend)
         need_weights = needs["weights"] and not at_input
         d_pre, d_weights = activate_backward(saved.pre_activation, d_activation, *act, need_weights, backend=backend)
         del d_activation
@@ -88,7 +112,7 @@ def gradients(ctx: Any, grad: Tensor, *unused: None) -> dict[str, Tensor]:
     if needs["down"]:
         activation = ops.activate(saved.pre_activation, *act, options.dtype, backend=backend)
         pair = (activation.mT, rows) if options.transposed else (rows.mT, activation)
-        found["down"] = ops.grouped_mm(*pair, ends, backend=backend)
+        found["down"] = ops.grouped_mm(*pair, ends, None, options.grad_dtypes["down"], backend=backend)
     if needs["down_bias"]:
         weighted = ops.dispatch(
             grad, saved.row_slot, saved.slot_row, saved.weights if at_output else None, backend=backend
@@ -107,8 +131,9 @@ def _recomputed(saved: Saved, options: Any, backend: str) -> Saved:
     offsets, row_slot, slot_row = ops.plan(saved.ids, options.experts, backend=backend)
     factors = saved.weights if options.weight_placement == "input" else None
     gate_up = saved.gate_up if options.transposed else saved.gate_up.mT
+    how = (options.weight_format, saved.gate_up_scale, saved.gate_up_zero, options.mode)
     rows = ops.dispatch(saved.x, row_slot, slot_row, factors, backend=backend)
-    pre = ops.grouped_mm(rows, gate_up, offsets[1:], saved.gate_up_bias, backend=backend)
+    pre = ops.grouped_mm(rows, gate_up, offsets[1:], saved.gate_up_bias, None, *how, backend=backend)
     return saved._replace(pre_activation=pre, offsets=offsets, row_slot=row_slot, slot_row=slot_row)
 
 
@@ -122,17 +147,32 @@ def _through_gate_up(
     if needs["gate_up"]:
         rows = ops.dispatch(saved.x, saved.row_slot, saved.slot_row, factors, backend=backend)
         pair = (rows.mT, d_pre) if options.transposed else (d_pre.mT, rows)
-        found["gate_up"] = ops.grouped_mm(*pair, ends, backend=backend)
+        found["gate_up"] = ops.grouped_mm(*pair, ends, None, options.grad_dtypes["gate_up"], backend=backend)
     if needs["gate_up_bias"]:
         found["gate_up_bias"] = _sums(d_pre, ends, options.gate_up_bias_dtype, backend)
     if needs["x"] or (at_input and needs["weights"]):
-        gate_up = saved.gate_up.mT if options.transposed else saved.gate_up  # [E, 2I, H]
-        d_rows = ops.grouped_mm(d_pre, gate_up, ends, None, _wide(d_pre), backend=backend)
+        gate_up = (saved.gate_up, saved.gate_up_scale, saved.gate_up_zero)
+        d_rows = _through(d_pre, gate_up, options.hidden, ends, options, backend)
         if needs["x"]:
             found["x"] = ops.combine(d_rows, saved.slot_row, factors, options.dtype, backend=backend)
         if at_input and needs["weights"]:
             found["weights"] = row_dot(saved.x, d_rows, saved.slot_row, backend=backend)
     return found
+
+
+def _through(
+    rows: Tensor, weight: tuple[Tensor, Tensor | None, Tensor | None], D: int, ends: Tensor, options: Any, backend: str
+) -> Tensor:
+    """[S, D]: rows [S, N] sent back through a projection [E, N, D], given as data, scale and zero points."""
+    data, scale, zero = weight
+    if scale is None:
+        plain = data if options.transposed else data.mT  # [E, D, N]
+        product: Tensor = grouped_mm_dx(rows, plain, ends, _wide(rows), backend=backend)
+        return product
+    back: Tensor = quantized_backward(
+        rows, data, scale, zero, ends, D, options.weight_format, _wide(rows), backend=backend
+    )
+    return back
 
 
 def _sums(rows: Tensor, ends: Tensor, dtype: torch.dtype, backend: str) -> Tensor:

@@ -7,9 +7,13 @@ from torch import Tensor
 
 from polymoe.hal.select import select
 from polymoe.ops import _check as check_that
-from polymoe.ops._library import Gradient, define_op, public
+from polymoe.ops._library import Gradient, define_op, grad_dtype, public
+from polymoe.ops._weights import QUANTIZED, check_differentiable, check_options, check_quantized
+from polymoe.ops.grouped_mm_gradient import grouped_mm_dx
+from polymoe.ops.quantized_backward import quantized_backward
 
-WEIGHT_FORMATS = ("plain", "packed", "packed_gate_up")
+UNQUANTIZED = ("plain", "packed", "packed_gate_up")
+WEIGHT_FORMATS = (*UNQUANTIZED, *QUANTIZED)
 
 
 def check(
@@ -19,17 +23,20 @@ def check(
     bias: Tensor | None = None,
     out_dtype: torch.dtype | None = None,
     weight_format: str = "plain",
+    scale: Tensor | None = None,
+    zero: Tensor | None = None,
+    mode: str = "weight_only",
 ) -> None:
     op = "grouped_mm"
     check_that.dtype(op, "a", a, check_that.FLOATS)
     if a.dim() not in (2, 3):
         check_that.fail(op, "a", "2 or 3 dimensions", check_that.describe(a))
-    check_that.dtype(op, "b", b, (a.dtype,))
-    if b.dim() not in (2, 3):
-        check_that.fail(op, "b", "2 or 3 dimensions", check_that.describe(b))
-    check_that.device(op, "b", b, a)
-    if a.shape[-1] != b.shape[-2]:
-        check_that.fail(op, "b", f"D = {a.shape[-1]} rows, as a has columns", check_that.describe(b))
+    check_options(op, weight_format, UNQUANTIZED, mode, {"scale": scale, "zero": zero})
+    if weight_format in QUANTIZED:
+        stored = (b.mT if b.dim() >= 2 else b, scale, zero)
+        check_quantized(op, ("b", "scale", "zero"), stored, weight_format, a.shape[-1], a)
+    else:
+        _check_plain(a, b)
     groups = _check_groups(a, b, offs)
     if bias is not None:
         check_that.dtype(op, "bias", bias, (a.dtype, torch.float32))
@@ -39,9 +46,18 @@ def check(
             check_that.shape(op, "bias", bias, {"G": groups, "N": b.shape[-1]})
         check_that.device(op, "bias", bias, a)
     check_that.output_dtype(op, out_dtype, a.dtype)
-    check_that.choice(op, "weight_format", weight_format, WEIGHT_FORMATS)
-    if weight_format != "plain":
+    if weight_format.startswith("packed"):
         _check_packed(b, weight_format)
+
+
+def _check_plain(a: Tensor, b: Tensor) -> None:
+    op = "grouped_mm"
+    check_that.dtype(op, "b", b, (a.dtype,))
+    if b.dim() not in (2, 3):
+        check_that.fail(op, "b", "2 or 3 dimensions", check_that.describe(b))
+    check_that.device(op, "b", b, a)
+    if a.shape[-1] != b.shape[-2]:
+        check_that.fail(op, "b", f"D = {a.shape[-1]} rows, as a has columns", check_that.describe(b))
 
 
 def _check_packed(b: Tensor, weight_format: str) -> None:
@@ -80,6 +96,9 @@ def fake(
     bias: Tensor | None = None,
     out_dtype: torch.dtype | None = None,
     weight_format: str = "plain",
+    scale: Tensor | None = None,
+    zero: Tensor | None = None,
+    mode: str = "weight_only",
 ) -> Tensor:
     M, N = a.shape[-2], b.shape[-1]
     if a.dim() == b.dim():
@@ -89,22 +108,29 @@ def fake(
 
 
 def setup(ctx: Any, args: Any, out: Tensor) -> None:
-    if args.weight_format != "plain":
-        check_that.fail("grouped_mm", "weight_format", '"plain" where a gradient is needed', f'"{args.weight_format}"')
-    ctx.save_for_backward(args.a if ctx.needs["b"] else None, args.b if ctx.needs["a"] else None, args.offs)
+    check_differentiable("grouped_mm", args.weight_format, {name: ctx.needs[name] for name in ("b", "scale")})
+    ctx.save_for_backward(
+        args.a if ctx.needs["b"] else None, args.b if ctx.needs["a"] else None, args.offs, args.scale, args.zero
+    )
+    ctx.weight_format, ctx.D = args.weight_format, args.a.shape[-1]
+    ctx.grad_dtype_of_b = grad_dtype(args.b)
     ctx.dtype, ctx.cut_rows_of_a = args.a.dtype, args.a.dim() == 2
     ctx.bias_dtype = None if args.bias is None else args.bias.dtype
 
 
 def gradients(ctx: Any, grad: Tensor) -> dict[str, Tensor]:
     """The two products are the same two for every form: what is cut in one is the reduction of the other."""
-    a, b, offs = ctx.saved_tensors
+    a, b, offs, scale, zero = ctx.saved_tensors
     grad = grad.to(ctx.dtype)
     found = {}
-    if ctx.needs["a"]:
+    if ctx.needs["a"] and ctx.weight_format != "plain":
+        found["a"] = quantized_backward(grad, b.mT, scale, zero, offs, ctx.D, ctx.weight_format, backend=ctx.backend)
+    elif ctx.needs["a"] and ctx.cut_rows_of_a and b.dim() == 3:
+        found["a"] = grouped_mm_dx(grad, b, offs, backend=ctx.backend)
+    elif ctx.needs["a"]:
         found["a"] = torch.ops.polymoe.grouped_mm(grad, b.mT, offs, backend=ctx.backend)
     if ctx.needs["b"]:
-        found["b"] = torch.ops.polymoe.grouped_mm(a.mT, grad, offs, backend=ctx.backend)
+        found["b"] = torch.ops.polymoe.grouped_mm(a.mT, grad, offs, None, ctx.grad_dtype_of_b, backend=ctx.backend)
     if ctx.needs["bias"]:
         found["bias"] = _sums_of_rows(grad, None if grad.dim() == 3 else offs, ctx)
     return found
@@ -125,10 +151,11 @@ def _sums_of_rows(grad: Tensor, offs: Tensor | None, ctx: Any) -> Tensor:
 _grouped_mm = define_op(
     "grouped_mm",
     "(Tensor a, Tensor b, Tensor? offs=None, Tensor? bias=None, ScalarType? out_dtype=None, "
-    'str weight_format="plain", *, str backend="") -> Tensor',
+    'str weight_format="plain", Tensor? scale=None, Tensor? zero=None, str mode="weight_only", *, str backend="") '
+    "-> Tensor",
     check,
     fake,
-    options={"weight_format": "plain"},
+    options={"weight_format": "plain", "mode": "weight_only"},
     gradient=Gradient(setup, gradients),
 )
 
@@ -141,6 +168,9 @@ def grouped_mm(
     bias: Tensor | None = None,
     out_dtype: torch.dtype | None = None,
     weight_format: str = "plain",
+    scale: Tensor | None = None,
+    zero: Tensor | None = None,
+    mode: str = "weight_only",
     *,
     backend: str | None = None,
 ) -> Tensor:
@@ -158,7 +188,12 @@ def grouped_mm(
         bias: [G, N], or [N] where a has 3 dimensions and b has 2; a's dtype or float32.
         out_dtype: dtype of the result, by default a's; float64 if and only if a is float64.
         weight_format: "plain", or "packed" or "packed_gate_up" where b is the transposed view of [G, N, D] (or is the
-            [G, D, N]) that polymoe.formats.pack_ packed, without or with gate_up.
+            [G, D, N]) that polymoe.formats.pack_ packed, without or with gate_up. Or the name of a quantised format: b
+            has 3 dimensions and is the transposed view of the format's data for a weight [G, N, D], see
+            polymoe.formats. It takes no gradient, but a and bias do.
+        scale, zero: scales and zero points as the format documents them; for quantised weights only.
+        mode: for quantised weights, see polymoe.experts: "weight_only", or "int8" for rows of a rounded to 8-bit
+            integers first.
 
     Returns:
         Contiguous. Sums are float32 (float64 for float64), the bias is added in float32, and the result is rounded
@@ -168,5 +203,5 @@ def grouped_mm(
     Raises:
         ValueError: any other shape, dtype, device; offsets as above.
     """
-    chosen = select("grouped_mm", a, (weight_format,), backend)
-    return _grouped_mm(a, b, offs, bias, out_dtype, weight_format, backend=chosen)
+    chosen = select("grouped_mm", a, (weight_format, mode), backend)
+    return _grouped_mm(a, b, offs, bias, out_dtype, weight_format, scale, zero, mode, backend=chosen)

@@ -10,8 +10,9 @@ from polymoe.reference.dispatch import dispatch
 from polymoe.reference.experts import experts
 from polymoe.reference.gate import gate
 from polymoe.reference.gate_backward import gate_backward
-from polymoe.reference.grouped_mm import grouped_mm
+from polymoe.reference.grouped_mm import grouped_mm, grouped_mm_dx
 from polymoe.reference.plan import plan
+from polymoe.reference.quantized_backward import quantized_backward
 from polymoe.reference.row_dot import row_dot
 
 __all__ = [
@@ -23,6 +24,8 @@ __all__ = [
     "gate",
     "gate_backward",
     "grouped_mm",
+    "grouped_mm_dx",
     "plan",
+    "quantized_backward",
     "row_dot",
 ]

@@ -1,9 +1,12 @@
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from polymoe.reference._arithmetic import arithmetic_dtype
+from polymoe.reference._quantized import expert, in_int8
 from polymoe.reference.pack_weight import unpack
 
 
@@ -14,7 +17,12 @@ def grouped_mm(
     bias: Tensor | None = None,
     out_dtype: torch.dtype | None = None,
     weight_format: str = "plain",
+    scale: Tensor | None = None,
+    zero: Tensor | None = None,
+    mode: str = "weight_only",
 ) -> Tensor:
+    if scale is not None:
+        return _quantized(a, b, offs, bias, weight_format, scale, zero, mode).to(out_dtype or a.dtype)
     if weight_format != "plain":
         transposed = b.is_contiguous()
         plain = unpack(b if transposed else b.mT, weight_format == "packed_gate_up", transposed=transposed)
@@ -42,6 +50,31 @@ def grouped_mm(
         for g, part in enumerate(_groups(offs, N)):
             out[:, part] = a_c[g] @ b_c[:, part] + (0 if bias_c is None else bias_c[part])
     return out.to(out_dtype or a.dtype)
+
+
+def _quantized(
+    a: Tensor,
+    b: Tensor,
+    offs: Tensor | None,
+    bias: Tensor | None,
+    weight_format: str,
+    scale: Tensor,
+    zero: Tensor | None,
+    mode: str,
+) -> Tensor:
+    """Weights [G, N, D] that are given as their data [G, width, N]; in float64, a group at a time."""
+    data, D = b.mT, a.shape[-1]
+    rows = in_int8(a) if mode == "int8" else a.double()
+    out = rows.new_zeros((*a.shape[:-1], b.shape[-1]))
+    parts: list[Any] = list(range(a.shape[0])) if offs is None else _groups(offs, a.shape[0])
+    for g, part in enumerate(parts):
+        weight = expert(data, scale, zero, weight_format, D, g)
+        out[part] = rows[part] @ weight.mT + (0 if bias is None else bias[g].double())
+    return out
+
+
+def grouped_mm_dx(grad: Tensor, b: Tensor, offs: Tensor, out_dtype: torch.dtype | None = None) -> Tensor:
+    return grouped_mm(grad, b.mT, offs, None, out_dtype)
 
 
 def _groups(offs: Tensor, size: int) -> list[slice]:

@@ -27,6 +27,13 @@ OPTIONS: dict[tuple[str, str], tuple[str, ...]] = {
 }
 
 
+# Arguments that come with other values than the default of an option only.
+COMPANIONS = {
+    ("grouped_mm", "weight_format"): ("scale", "zero"),
+    ("experts", "weight_format"): ("gate_up_scale", "down_scale", "gate_up_zero", "down_zero"),
+}
+
+
 def problems(op: OpSpec, device_type: str) -> Iterator[Problem]:
     """Everything about a call of `op` that the choice of a backend may depend on."""
     dtypes = (torch.int32, torch.int64) if op.subject == "ids" else FLOATS
@@ -54,7 +61,9 @@ def check(target: Target) -> None:
                     used.setdefault(name, set()).add(value)
         if used:
             served += 1
-            _check_signature(target, op, {name for name in op.options if used[name] == {op.options[name]}})
+            unused = {name for name in op.options if used[name] == {op.options[name]}}
+            companions = {argument for name in unused for argument in COMPANIONS.get((op.name, name), ())}
+            _check_signature(target, op, unused | companions)
     assert served, f"{target} serves no op on {target.device}; {op.name}: {answer}"
 
 

@@ -1,0 +1,30 @@
+"""Quantised operands as float64 numbers."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+INT8_GROUP = 32  # elements of a row that share a scale in the mode "int8"
+
+
+def expert(data: Tensor, scale: Tensor, zero: Tensor | None, weight_format: str, D: int, g: int) -> Tensor:
+    """The weight [N, D] of one group: code times scale, exactly."""
+    from polymoe.formats import Weight, parse  # its checks import the ops, and these the backends
+
+    zeros = None if zero is None else zero[g]
+    weight = Weight(data[g], scale[g], zeros, weight_format, data.shape[1], D)
+    return parse(weight_format).dequantize(weight, torch.float64)
+
+
+def in_int8(rows: Tensor) -> Tensor:
+    """The rows [..., D] as the mode "int8" multiplies them: every group of 32 has the float32 scale largest magnitude /
+    127, and an element becomes the integer nearest to element * (127 / largest), ties to even, times the scale. A group
+    of zeros stays zero, and one that holds infinity or NaN becomes NaN."""
+    D = rows.shape[-1]
+    groups = torch.nn.functional.pad(rows.float(), (0, -D % INT8_GROUP)).unflatten(-1, (-1, INT8_GROUP))
+    largest = groups.abs().amax(-1, keepdim=True)
+    usable = largest.clamp(min=2.0**-119)  # 127 / it is finite
+    codes = (groups * (127 / usable)).round()
+    scale = (usable / 127).where(largest.isfinite(), torch.nan)
+    return (codes.double() * scale.double()).flatten(-2)[..., :D]

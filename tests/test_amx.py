@@ -1,0 +1,46 @@
+"""bf16 on AMX tiles: weights are the right operand where they are packed and the left one where they are plain, and
+every length is a tile cut short somewhere."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import polymoe
+from polymoe.formats import pack_
+
+pytestmark = pytest.mark.skipif(
+    "amx" not in polymoe.isa_supported(), reason="this machine does not have AMX, or its system does not grant it"
+)
+# A sum of D products that are exact in f32, over their magnitudes: D roundings at most.
+EPSILON = torch.finfo(torch.float32).eps
+
+
+@pytest.mark.parametrize("M", [1, 2, 15, 16, 17, 31, 32, 33, 70, 300])
+def test_plain_and_packed_weights_give_the_same_bits(M: int, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    with polymoe.force_isa_level("amx"):
+        for N in (1, 15, 16, 31, 32, 33, 100):
+            for D in (1, 2, 31, 32, 33, 545, 1100, 2081):
+                a = torch.randn(M, D, generator=generator).bfloat16()
+                w = torch.randn(1, N, D, generator=generator).bfloat16()
+                ends = torch.tensor([M], dtype=torch.int32)
+                plain = polymoe.grouped_mm(a, w.mT, ends, out_dtype=torch.float32)
+                packed = polymoe.grouped_mm(
+                    a, pack_(w.clone()).mT, ends, out_dtype=torch.float32, weight_format="packed"
+                )
+                assert torch.equal(plain, packed), (N, D)
+                exact, magnitude = a.double() @ w[0].double().T, a.double().abs() @ w[0].double().abs().T
+                assert ((plain - exact).abs() <= D * EPSILON * magnitude).all(), (N, D)
+
+
+def test_it_is_not_the_level_below(seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    a = torch.randn(64, 4096, generator=generator).bfloat16()
+    w = torch.randn(1, 64, 4096, generator=generator).bfloat16()
+    bits = {}
+    for level in ("avx512_bf16", "amx"):
+        with polymoe.force_isa_level(level):
+            ends = torch.tensor([64], dtype=torch.int32)
+            bits[level] = polymoe.grouped_mm(a, w.mT, ends, out_dtype=torch.float32)
+    assert not torch.equal(bits["avx512_bf16"], bits["amx"])  # they sum in different orders
