@@ -93,7 +93,7 @@ def ours(
     """The contenders from polymoe: make(backend) for every backend that serves, or with `best_only` for the one that
     polymoe selects, unless the user names others. `strings` are the op's arguments that a backend may
     depend on, where they are not the defaults."""
-    problem = Problem(op, options.device, dtype, tuple((OPS[op].options | strings).values()))
+    problem = Problem(op, options.device, dtype, tuple({**OPS[op].options, **strings}.values()))
     if options.backends:
         names = [decide(problem, name) for name in options.backends]
     elif best_only:

@@ -50,7 +50,7 @@ class PolymoePrepacked(Plugin):
 
 
 def _declined(problem: Problem, weight_format: str, backend: str | None) -> str | None:
-    strings = OPS["experts"].options | {"activation": problem.shape.activation, "weight_format": weight_format}
+    strings = {**OPS["experts"].options, "activation": problem.shape.activation, "weight_format": weight_format}
     try:
         decide(Selection("experts", problem.device, inputs.DTYPES[problem.dtype], tuple(strings.values())), backend)
     except ValueError as error:
