@@ -324,6 +324,18 @@ std::vector<int64_t> group_ends(const char* op, const at::Tensor& offs, int64_t 
   return ends;
 }
 
+// Whether weights that lie along the columns of the result are multiplied as they lie, or copied to lie along the
+// reduction. Of rows that are cut it must not depend on how many there are.
+bool takes_columns(const GroupedMm& mm) {
+  const bool plain = mm.b_stored.format == WeightFormat::plain, rows_are_cut = mm.a_ragged() && !mm.b_ragged();
+  if (!plain || mm.b.stride(-1) != 1 || mm.b.stride(-2) == 1 || mm.a.size(-1) <= 1) return false;
+  if (rows_are_cut && mm.as_experts) return false;
+  if (active_isa() != Isa::amx || mm.a.scalar_type() != at::kBFloat16) return true;
+  // A matrix tile repays the copy, but not in a short reduction.
+  constexpr int64_t kLong = 64;
+  return mm.a_ragged() && mm.b_ragged() && mm.a.size(-1) < kLong * mm.groups;
+}
+
 void compute(const GroupedMm& mm, const at::Tensor& out) {
   if (!mm.accumulate) advise_huge_pages(out);
   const int64_t m = mm.a.size(-2), n = mm.b.size(-1), d = mm.a.size(-1);
@@ -372,9 +384,7 @@ void compute(const GroupedMm& mm, const at::Tensor& out) {
   const Types types{kernel_dtype(mm.a.scalar_type()), kernel_dtype(out.scalar_type()),
                     mm.bias.defined() ? kernel_dtype(mm.bias.scalar_type()) : Dtype::f32, mm.b_stored.format,
                     mm.accumulate};
-  const bool plain = mm.b_stored.format == WeightFormat::plain, experts_do_it = mm.a_ragged() && !mm.b_ragged();
-  const bool along_columns = plain && mm.b.stride(-1) == 1 && mm.b.stride(-2) != 1 && d > 1;
-  if (along_columns && !(mm.as_experts && experts_do_it))
+  if (takes_columns(mm))
     run<ColumnWorker>(problems, types);
   else
     run<Worker>(problems, types);

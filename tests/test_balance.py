@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch.utils.checkpoint import checkpoint
 
 import polymoe
+import polymoe.nn
+import polymoe.training
 
 ALPHA, K = 0.02, 3
 
@@ -111,3 +114,53 @@ def test_loss_compiles(seed: int) -> None:
     for T in (6, 13):
         scores, ids = routed(2, T, 5)
         assert torch.equal(compiled(scores, ids), polymoe.balance_loss(scores, ids))
+
+
+def test_switch_loss_is_that_of_transformers(seed: int) -> None:
+    mixtral = pytest.importorskip("transformers.models.mixtral.modeling_mixtral")
+    logits = torch.randn(40, 6, requires_grad=True)
+    theirs = mixtral.load_balancing_loss_func((logits,), 6, K)
+    ids = logits.topk(K).indices
+    ours = polymoe.switch_loss(logits.softmax(-1), ids, 1.0)
+    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=0)
+    gradients = [torch.autograd.grad(loss, logits, retain_graph=True)[0] for loss in (ours, theirs)]
+    torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-7)
+    mask = torch.rand(40) < 0.6
+    kept = polymoe.switch_loss(logits[mask].softmax(-1), ids[mask], 1.0)
+    torch.testing.assert_close(polymoe.switch_loss(logits.softmax(-1), ids, 1.0, mask), kept, rtol=1e-5, atol=0)
+    assert polymoe.switch_loss(logits[:0], ids[:0]).item() == 0
+
+
+def test_z_loss(seed: int) -> None:
+    logits = (3 * torch.randn(30, 6, dtype=torch.float64)).requires_grad_()
+    expected = 0.5 * torch.stack([row.exp().sum().log() ** 2 for row in logits]).mean()
+    torch.testing.assert_close(polymoe.z_loss(logits, 0.5), expected, rtol=1e-12, atol=0)
+    mask = torch.rand(30) < 0.6
+    torch.testing.assert_close(polymoe.z_loss(logits, 0.5, mask), polymoe.z_loss(logits[mask], 0.5))
+    assert torch.autograd.gradcheck(lambda z: polymoe.z_loss(z, 0.5, mask), (logits,))
+    holed = logits.detach().masked_fill(~mask[:, None], float("nan")).requires_grad_()
+    assert torch.autograd.grad(polymoe.z_loss(holed, 0.5, mask), holed)[0].isfinite().all()
+    assert polymoe.z_loss(logits[:0]).item() == 0
+
+
+@pytest.mark.parametrize("reentrant", [None, False, True], ids=["plain", "checkpointed", "reentrant"])
+def test_load_is_counted_once_and_balances(reentrant: bool | None, seed: int) -> None:
+    router = polymoe.nn.Router(16, 8, 2, scoring="sigmoid", selection_bias=True, track_load=True)
+    layer = polymoe.nn.MoE(router, polymoe.nn.Experts(8, 16, 12))
+    x = torch.randn(30, 16, requires_grad=True)
+    out = layer(x) if reentrant is None else checkpoint(layer, x, use_reentrant=reentrant)
+    out.sum().backward()
+    with torch.no_grad():
+        ids = router(x)[1]  # counted as well: the router is in training
+    counts = polymoe.expert_counts(ids, 8)
+    assert torch.equal(router.load, 2 * counts)
+    router.eval()
+    router(x)
+    assert torch.equal(router.load, 2 * counts), "evaluation does not count"
+    load = polymoe.training.balance(layer, 0.25)["router"]
+    assert torch.equal(load, 2 * counts)
+    assert torch.equal(router.selection_bias, polymoe.update_bias(torch.zeros(8), counts, 0.25))
+    assert not router.load.any()
+    assert "load" not in router.state_dict()
+    with pytest.raises(ValueError, match="a Router with selection_bias and track_load, got none"):
+        polymoe.training.balance(layer.experts)

@@ -20,7 +20,9 @@ from polymoe.ops import (
     grouped_mm,
     grouped_mm_dw_,
     plan,
+    switch_loss,
     update_bias,
+    z_loss,
 )
 from polymoe.packing import optimize, unoptimize
 
@@ -48,7 +50,9 @@ __all__ = [
     "plan",
     "register_backend",
     "set_isa_level",
+    "switch_loss",
     "unoptimize",
     "update_bias",
     "use_backend",
+    "z_loss",
 ]

@@ -36,6 +36,11 @@ def _uniform_by_fan_in(weight: Tensor, fan_in: int) -> None:
     nn.init.uniform_(weight, -bound, bound)
 
 
+def _in_backward() -> bool:
+    """Whether autograd calls: a checkpointed part of a model is being computed once more."""
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+
+
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, out_dtype: torch.dtype | None = None) -> Tensor:
     """x [T,H] @ weight [N,H]^T + bias [N] -> [T,N], as a grouped matmul of one group."""
     group_bias = None if bias is None else bias.unsqueeze(0)
@@ -60,10 +65,12 @@ class Router(nn.Module):
         bias: a learned bias [E] on the logits (gpt-oss).
         selection_bias: a buffer [E] added for the selection only and not trained by gradients (DeepSeek's
             e_score_correction_bias; see `polymoe.update_bias`). It stays f32 when the module is cast to bf16 or f16.
+        track_load: keep a buffer `load` [E] i64 of the slots that went to each expert in training, for
+            `polymoe.training.balance`, which starts it anew. What checkpointing computes twice is counted once.
         vocab_size: V for hash routing (DeepSeek-V4's first layers): a frozen table `tid2eid` [V,K] i32 names the
             experts of each token id and only the weights are learned. Excludes selection_bias and groups.
 
-    Parameters: weight [E,H]; bias [E]. Buffers: selection_bias [E] f32; tid2eid [V,K] i32.
+    Parameters: weight [E,H]; bias [E]. Buffers: selection_bias [E] f32; tid2eid [V,K] i32; load, which is not saved.
     Raises ValueError for sizes that do not fit together.
     """
 
@@ -71,6 +78,7 @@ class Router(nn.Module):
     bias: nn.Parameter | None
     selection_bias: Tensor | None
     tid2eid: Tensor | None
+    load: Tensor | None
 
     def __init__(
         self,
@@ -87,6 +95,7 @@ class Router(nn.Module):
         scale: float = 1.0,
         bias: bool = False,
         selection_bias: bool = False,
+        track_load: bool = False,
         vocab_size: int | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -121,6 +130,8 @@ class Router(nn.Module):
             "selection_bias",
             torch.empty(num_experts, device=device, dtype=torch.float32) if selection_bias else None,
         )
+        counts = torch.zeros(num_experts, device=device, dtype=torch.int64) if track_load else None
+        self.register_buffer("load", counts, persistent=False)
         self.register_buffer(
             "tid2eid",
             None if vocab_size is None else torch.empty(vocab_size, top_k, device=device, dtype=torch.int32),
@@ -134,6 +145,8 @@ class Router(nn.Module):
             nn.init.zeros_(self.bias)
         if self.selection_bias is not None:
             self.selection_bias.zero_()
+        if self.load is not None:
+            self.load.zero_()
         if self.tid2eid is not None:
             turn = torch.arange(self.tid2eid.numel(), device=self.tid2eid.device) % self.num_experts
             self.tid2eid.copy_(turn.view_as(self.tid2eid))
@@ -175,7 +188,7 @@ class Router(nn.Module):
         if self.tid2eid is not None and indices is None:
             indices = self._hashed(x, token_ids, token_mask)
         chosen = indices is not None
-        return ops.gate(
+        weights, ids = ops.gate(
             self.logits(x),
             self.top_k,
             scoring=self.scoring,
@@ -189,6 +202,9 @@ class Router(nn.Module):
             indices=indices,
             token_mask=token_mask,
         )
+        if self.load is not None and self.training and not _in_backward():
+            self.load += ops.expert_counts(ids, self.num_experts)
+        return weights, ids
 
     def _hashed(self, x: Tensor, token_ids: Tensor | None, token_mask: Tensor | None) -> Tensor:
         """token_ids [T] -> the table's rows [T,K]."""

@@ -1,7 +1,7 @@
 """The ops: one file each with schema, public wrapper, checks and fake kernel."""
 
 from polymoe.ops.activate import activate
-from polymoe.ops.balance import balance_loss, expert_counts, update_bias
+from polymoe.ops.balance import balance_loss, expert_counts, switch_loss, update_bias, z_loss
 from polymoe.ops.combine import combine
 from polymoe.ops.dispatch import dispatch
 from polymoe.ops.experts import experts
@@ -22,5 +22,7 @@ __all__ = [
     "grouped_mm",
     "grouped_mm_dw_",
     "plan",
+    "switch_loss",
     "update_bias",
+    "z_loss",
 ]

@@ -1,6 +1,7 @@
 """Balancing the load of the experts: counts, the sequence-wise loss and the step of the selection bias.
 
-Plain PyTorch around polymoe.plan. The formulas are those of the DeepSeek-V3 report (arXiv 2412.19437, section 2.1.2).
+Plain PyTorch around polymoe.plan. The formulas are those of the DeepSeek-V3 report (arXiv 2412.19437, section 2.1.2),
+beside them the losses of Switch Transformers (arXiv 2101.03961) and of ST-MoE (arXiv 2202.08906).
 """
 
 from __future__ import annotations
@@ -50,7 +51,7 @@ def balance_loss(scores: Tensor, ids: Tensor, alpha: float = 1e-4, token_mask: T
     Raises:
         ValueError: any other shape, dtype or device.
     """
-    _check_balance_loss(scores, ids, token_mask)
+    _check_loss("balance_loss", "scores", scores, ids, token_mask)
     B = 1 if scores.dim() == 2 else scores.shape[0]
     T, E = scores.shape[-2:]
     K = ids.shape[-1]
@@ -61,7 +62,7 @@ def balance_loss(scores: Tensor, ids: Tensor, alpha: float = 1e-4, token_mask: T
     first = torch.arange(B, device=ids.device)[:, None, None] * E
     counts = expert_counts((first + ids).where((ids >= 0) & (ids < E), -1).reshape(B * T, K), max(B, 1) * E)
 
-    s = scores.reshape(B, T, E).to(torch.float64 if scores.dtype == torch.float64 else torch.float32)
+    s = scores.reshape(B, T, E).to(_wide(scores))
     share = s / s.sum(dim=-1, keepdim=True).clamp(min=torch.finfo(s.dtype).tiny)
     if token_mask is None:
         tokens = torch.full((B, 1), T, dtype=s.dtype, device=s.device)
@@ -75,13 +76,16 @@ def balance_loss(scores: Tensor, ids: Tensor, alpha: float = 1e-4, token_mask: T
     return alpha * (f * P).sum() / max(B, 1)
 
 
-def _check_balance_loss(scores: Tensor, ids: Tensor, token_mask: Tensor | None) -> None:
-    op = "balance_loss"
-    check_that.dtype(op, "scores", scores, check_that.FLOATS)
-    batch: dict[str, int | None] = {} if scores.dim() == 2 else {"B": scores.shape[0] if scores.dim() else None}
-    check_that.shape(op, "scores", scores, batch | {"T": None, "E": None})
+def _check_loss(
+    op: str, name: str, scores: Tensor, ids: Tensor, token_mask: Tensor | None, sequences: bool = True
+) -> None:
+    check_that.dtype(op, name, scores, check_that.FLOATS)
+    batch: dict[str, int | None] = {}
+    if sequences and scores.dim() != 2:
+        batch = {"B": scores.shape[0] if scores.dim() else None}
+    check_that.shape(op, name, scores, batch | {"T": None, "E": None})
     if scores.shape[-1] < 1:
-        check_that.fail(op, "scores", "at least 1 expert", check_that.describe(scores))
+        check_that.fail(op, name, "at least 1 expert", check_that.describe(scores))
     tokens = batch | {"T": scores.shape[-2]}
     check_that.dtype(op, "ids", ids, check_that.IDS)
     check_that.shape(op, "ids", ids, tokens | {"K": None})
@@ -92,6 +96,72 @@ def _check_balance_loss(scores: Tensor, ids: Tensor, token_mask: Tensor | None) 
         check_that.dtype(op, "token_mask", token_mask, (torch.bool,))
         check_that.shape(op, "token_mask", token_mask, tokens)
         check_that.device(op, "token_mask", token_mask, scores)
+
+
+def switch_loss(probabilities: Tensor, ids: Tensor, alpha: float = 1e-2, token_mask: Tensor | None = None) -> Tensor:
+    """The auxiliary loss of Switch Transformers (equations 4 to 6), over the whole batch: alpha * E * sum over the
+    experts e of f_e * P_e, with
+
+        f_e = the number of slots that went to e, over the number of tokens
+        P_e = the mean of the probability of e over the tokens
+
+    For one slot per token it is the paper's; for K slots, as in Transformers, f sums to K and an even load gives
+    alpha * K.
+
+    Args:
+        probabilities: [T, E]: softmax of the logits. The loss is differentiable in them, through P.
+        ids: [T, K] int32 or int64; ids that skip are not counted.
+        alpha: the factor (1e-2 in the paper).
+        token_mask: [T] bool: tokens that are False (padding) are left out of everything.
+
+    Returns:
+        A scalar, float32 (float64 for float64 probabilities); 0 without tokens.
+
+    Raises:
+        ValueError: any other shape, dtype or device.
+    """
+    _check_loss("switch_loss", "probabilities", probabilities, ids, token_mask, sequences=False)
+    E = probabilities.shape[1]
+    p = probabilities.to(_wide(probabilities))
+    if token_mask is not None:
+        ids, p = ids.where(token_mask[:, None], -1), p.where(token_mask[:, None], 0)
+    tokens = (p.new_tensor(p.shape[0]) if token_mask is None else token_mask.sum()).to(p.dtype).clamp(min=1)
+    f = expert_counts(ids, E).to(p.dtype) / tokens
+    return alpha * E * (f * (p.sum(dim=0) / tokens)).sum()
+
+
+def z_loss(logits: Tensor, alpha: float = 1e-3, token_mask: Tensor | None = None) -> Tensor:
+    """The router z-loss of ST-MoE (equation 5): alpha times the mean over the tokens of logsumexp(logits)^2. It keeps
+    the logits small.
+
+    Args:
+        logits: [T, E].
+        alpha: the factor (1e-3 in the paper).
+        token_mask: [T] bool: tokens that are False (padding) are left out.
+
+    Returns:
+        A scalar, float32 (float64 for float64 logits); 0 without tokens.
+
+    Raises:
+        ValueError: any other shape, dtype or device.
+    """
+    op = "z_loss"
+    check_that.dtype(op, "logits", logits, check_that.FLOATS)
+    check_that.shape(op, "logits", logits, {"T": None, "E": None})
+    z = logits.to(_wide(logits))
+    if token_mask is None:
+        squares = torch.logsumexp(z, dim=1).square()
+        return alpha * squares.sum() / max(z.shape[0], 1)
+    check_that.dtype(op, "token_mask", token_mask, (torch.bool,))
+    check_that.shape(op, "token_mask", token_mask, {"T": logits.shape[0]})
+    check_that.device(op, "token_mask", token_mask, logits)
+    # Masked before the logarithm too, so that nothing a padding row holds reaches the gradient.
+    squares = torch.logsumexp(z.where(token_mask[:, None], 0), dim=1).square().where(token_mask, 0)
+    return alpha * squares.sum() / token_mask.sum().clamp(min=1)
+
+
+def _wide(like: Tensor) -> torch.dtype:
+    return torch.float64 if like.dtype == torch.float64 else torch.float32
 
 
 def update_bias(bias: Tensor, counts: Tensor, gamma: float = 1e-3) -> Tensor:
