@@ -7,7 +7,9 @@ instruction. Rows decide BLOCK_M, among heights that compile to the same instruc
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from typing import Any
 
 from polymoe.kernels.devices import Device
@@ -142,10 +144,45 @@ def power_of_2(n: float) -> int:
     return 1 << int(math.log2(n))
 
 
-def choose(problem: Problem, device: Device) -> Tiles:
+_refined: dict[tuple[Problem, Device], Tiles] = {}
+
+
+def bucket(S: int) -> int:
+    """Numbers of rows that share a refined choice: those up to the same power of 2."""
+    return 1 << max(S - 1, 0).bit_length()
+
+
+def refine(problem: Problem, device: Device, tiles: Tiles) -> None:
+    """Makes `choose` return these tiles for such problems, instead of the closed form's. See kernels/tuner.py."""
+    _refined[replace(problem, S=bucket(problem.S)), device] = tiles
+
+
+@contextmanager
+def refined(problem: Problem, device: Device, tiles: Tiles) -> Iterator[None]:
+    """The same inside alone."""
+    global _refined
+    before = _refined
+    _refined = dict(before)
+    refine(problem, device, tiles)
+    try:
+        yield
+    finally:
+        _refined = before
+
+
+def choose(problem: Problem, device: Device, widest: int | None = None) -> Tiles:
+    """widest: BLOCK_N at most, of a kernel whose epilogue needs many registers; such are not refined."""
+    if _refined and widest is None:
+        found = _refined.get((replace(problem, S=bucket(problem.S)), device))
+        if found is not None:
+            return found
+    return closed_form(problem, device, widest)
+
+
+def closed_form(problem: Problem, device: Device, widest: int | None = None) -> Tiles:
     its = rule(device.family, problem.arithmetic)
     height = block_m(problem, device)
-    width = min(its.block_n, max(SMALLEST_N, power_of_2(max(2 * problem.N - 1, 1))))
+    width = min(its.block_n, widest or its.block_n, max(SMALLEST_N, power_of_2(max(2 * problem.N - 1, 1))))
     rows = problem.S // height + min(problem.S, problem.G)
     columns = -(-problem.N // width)
     descriptors = device.descriptors and its.descriptors
@@ -155,20 +192,26 @@ def choose(problem: Problem, device: Device) -> Tiles:
         block_n=width,
         block_k=its.block_k,
         warps=its.warps[height],
-        stages=_stages(its, height, width, BYTES[problem.arithmetic], device),
+        stages=stages_that_fit(problem, device, height, width),
         descriptors=descriptors,
         persistent=persistent,
         band=_band(problem, height, width, device.units),
         chiplets=device.chiplets,
         nonkdim=its.nonkdim,
-        registers=MOST_REGISTERS if device.descriptors and (persistent or not its.descriptors) else 0,
+        registers=most_registers(problem, device, persistent),
     )
 
 
-def _stages(its: Rule, height: int, width: int, size: int, device: Device) -> int:
+def most_registers(problem: Problem, device: Device, persistent: bool) -> int:
+    multiply_adds = not rule(device.family, problem.arithmetic).descriptors
+    return MOST_REGISTERS if device.descriptors and (persistent or multiply_adds) else 0
+
+
+def stages_that_fit(problem: Problem, device: Device, height: int, width: int) -> int:
     """As many as the shared memory holds, with one KiB to spare for barriers. One of them waits in registers on devices
     that cannot copy to shared memory past them."""
-    fit = (device.shared - 1024) // ((height + width) * its.block_k * size)
+    its = rule(device.family, problem.arithmetic)
+    fit = (device.shared - 1024) // ((height + width) * its.block_k * BYTES[problem.arithmetic])
     return max(1, min(its.stages, fit + (device.family in STAGED_IN_REGISTERS)))
 
 
