@@ -33,15 +33,19 @@ struct Shapes {
   int64_t width;  // 2I, or I if ungated
 };
 
-Shapes check_shapes(const at::Tensor& x, const at::Tensor& gate_up, const at::Tensor& down, const at::Tensor& weights,
-                    const at::Tensor& ids, bool gated, bool transposed) {
+void check_x(const at::Tensor& x) {
   check_cpu(kOp, "x", x);
   check_dtype(kOp, "x", x, {at::kFloat, at::kBFloat16, at::kHalf, at::kDouble});
   check_shape(kOp, "x", x, {{"T"}, {"H"}});
+}
+
+Shapes check_shapes(const at::Tensor& x, const at::Tensor& gate_up, const at::Tensor& down, const at::Tensor& weights,
+                    const at::Tensor& ids, bool gated, bool transposed, bool quantized) {
+  check_x(x);
   const int64_t T = x.size(0), H = x.size(1);
   for (const auto& [name, weight] : {std::pair<const char*, const at::Tensor&>{"gate_up", gate_up}, {"down", down}}) {
     check_cpu(kOp, name, weight);
-    check_dtype(kOp, name, weight, {x.scalar_type()});
+    if (!quantized) check_dtype(kOp, name, weight, {x.scalar_type()});
     POLYMOE_CHECK(weight.dim() == 3, kOp, name, "a 3-D tensor", describe(weight));
   }
   const int64_t E = gate_up.size(0), width = gate_up.size(transposed ? 2 : 1);
@@ -52,6 +56,8 @@ Shapes check_shapes(const at::Tensor& x, const at::Tensor& gate_up, const at::Te
   if (transposed) {
     check_shape(kOp, "gate_up", gate_up, {{"E", E}, {"H", H}, {letter, width}});
     check_shape(kOp, "down", down, {{"E", E}, {"I", I}, {"H", H}});
+  } else if (quantized) {
+    check_shape(kOp, "down", down, {{"E", E}, {"H", H}, {"data of I"}});
   } else {
     check_shape(kOp, "gate_up", gate_up, {{"E", E}, {letter, width}, {"H", H}});
     check_shape(kOp, "down", down, {{"E", E}, {"H", H}, {"I", I}});
@@ -96,7 +102,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> experts_c
     const std::optional<at::Tensor>& gate_up_scale, const std::optional<at::Tensor>& down_scale,
     const std::optional<at::Tensor>& gate_up_zero, const std::optional<at::Tensor>& down_zero, c10::string_view mode,
     c10::string_view) {
-  if (is_quantized(weight_format)) {
+  const bool quantized = is_quantized(weight_format);
+  if (quantized && (x.scalar_type() == at::kDouble || mode != "weight_only")) {
     static const auto routed = routed_op<decltype(experts_cpu)>("polymoe::experts");
     const at::AutoDispatchBelowADInplaceOrView below_autograd;
     return routed.call(x, gate_up, down, weights, ids, activation, alpha, limit, gate_up_bias, down_bias, transposed,
@@ -107,16 +114,31 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> experts_c
   POLYMOE_CHECK(!interleaved || is_gated(spec.kind), kOp, "interleaved", c10::str("False with '", activation, "'"),
                 "True");
   const WeightPlacement placement = parse_placement(weight_placement);
-  const StoredAs stored = parse_weight_format(kOp, weight_format);
-  POLYMOE_CHECK(stored.matrices == 1, kOp, "weight_format", "'plain', 'packed' or a quantised format", "'",
-                weight_format, "'");
-  const WeightFormat format = stored.format;
-  check_unquantized(kOp, weight_format, mode,
-                    {{"gate_up_scale", gate_up_scale},
-                     {"down_scale", down_scale},
-                     {"gate_up_zero", gate_up_zero},
-                     {"down_zero", down_zero}});
-  const Shapes s = check_shapes(x, gate_up, down, weights, ids, is_gated(spec.kind), transposed);
+  std::optional<QuantizedWeight> up_stored, down_stored;
+  WeightFormat format;
+  if (quantized) {
+    POLYMOE_CHECK(!transposed, kOp, "transposed", c10::str("False for ", weight_format), "True");
+    check_x(x);
+    up_stored = check_quantized(kOp, {"gate_up", "gate_up_scale", "gate_up_zero"}, gate_up, gate_up_scale, gate_up_zero,
+                                weight_format, x.size(1));
+    POLYMOE_CHECK(down.dim() == 3 && down.size(0) == up_stored->groups && down.size(1) == x.size(1), kOp, "down",
+                  c10::str("a tensor [E=", up_stored->groups, ", H=", x.size(1), ", data of I]"), describe(down));
+    const int64_t I = up_stored->rows / (is_gated(spec.kind) ? 2 : 1);
+    down_stored =
+        check_quantized(kOp, {"down", "down_scale", "down_zero"}, down, down_scale, down_zero, weight_format, I);
+    format = up_stored->format;
+  } else {
+    const StoredAs stored = parse_weight_format(kOp, weight_format);
+    POLYMOE_CHECK(stored.matrices == 1, kOp, "weight_format", "'plain', 'packed' or a quantised format", "'",
+                  weight_format, "'");
+    format = stored.format;
+    check_unquantized(kOp, weight_format, mode,
+                      {{"gate_up_scale", gate_up_scale},
+                       {"down_scale", down_scale},
+                       {"gate_up_zero", gate_up_zero},
+                       {"down_zero", down_zero}});
+  }
+  const Shapes s = check_shapes(x, gate_up, down, weights, ids, is_gated(spec.kind), transposed, quantized);
   if (format == WeightFormat::packed) {
     check_contiguous(kOp, "gate_up", gate_up);
     check_contiguous(kOp, "down", down);
@@ -145,8 +167,10 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> experts_c
   args.x_stride = rows.stride(0) * size;
   args.gate_up = rows_of_expert_0(gate_up, transposed);
   args.down = rows_of_expert_0(down, transposed);
-  args.gate_up_expert_stride = gate_up.stride(0) * size;
-  args.down_expert_stride = down.stride(0) * size;
+  args.gate_up_expert_stride = gate_up.stride(0) * gate_up.element_size();
+  args.down_expert_stride = down.stride(0) * down.element_size();
+  args.quantized_gate_up = up_stored ? &*up_stored : nullptr;
+  args.quantized_down = down_stored ? &*down_stored : nullptr;
   if (up_bias.defined()) {
     args.gate_up_bias = static_cast<const char*>(up_bias.const_data_ptr());
     args.gate_up_bias_dtype = kernel_dtype(up_bias.scalar_type());

@@ -110,7 +110,8 @@ class GateUp {
   }
 
   // The gate columns, then the up columns, whatever the layout of the weights.
-  Weights weights(int64_t expert, const Columns& columns, const char* next) const {
+  Weights weights(int64_t expert, const Columns& columns, const char* next) {
+    if (args_.quantized()) return quantized_weights(expert, columns, next);
     const Operand gate = gate_rows(expert, columns);
     const bool packed = args_.format == WeightFormat::packed;
     // From a gate row to its up row.
@@ -126,6 +127,18 @@ class GateUp {
     char* const up_copy = copy + columns.count * row_bytes;
     if (args_.gated()) copy_rows(up, columns.count, args_.hidden, layer_.size, up_copy);
     return {copy, up_copy, columns.count, row_bytes, 0, nullptr};
+  }
+
+  Weights quantized_weights(int64_t expert, const Columns& columns, const char* next) {
+    matrix_ = args_.quantized_gate_up->of_group(expert);
+    const int64_t step = args_.interleaved ? 2 : 1, begin = columns.begin * step;
+    Weights w{nullptr, nullptr, columns.count, matrix_.data_stride * step, 0, next};
+    w.matrix = &matrix_;
+    w.first_row = begin;
+    w.second_row = begin + (args_.interleaved ? 1 : args_.intermediate);
+    w.row_step = step;
+    w.workspace = scratch(Scratch::weights, layer_.gemm.workspace(args_.hidden));
+    return w;
   }
 
   void add_biases(const Block& block, const Columns& columns, char* acc, int64_t width) const {
@@ -181,6 +194,7 @@ class GateUp {
 
   const Layer& layer_;
   const ExpertsArguments& args_;
+  QuantizedMatrix matrix_{};
   const Block* gathered_ = nullptr;
   char* panel_ = nullptr;
 };
@@ -200,7 +214,7 @@ class Down {
  public:
   Down(const Layer& layer, const Sums& sums) : layer_(layer), args_(layer.args), sums_(sums) {}
 
-  void run(const Block& block, const Columns& columns, const char* next) const {
+  void run(const Block& block, const Columns& columns, const char* next) {
     char* const acc = sums_.at(block.begin, columns.begin, layer_.sum_size);
     layer_.gemm.multiply(layer_.activation_panel(block), block.rows, weights(block.expert, columns, next),
                          columns.count, args_.intermediate, acc, sums_.stride);
@@ -219,7 +233,15 @@ class Down {
     return rows.at(columns.begin);
   }
 
-  Weights weights(int64_t expert, const Columns& columns, const char* next) const {
+  Weights weights(int64_t expert, const Columns& columns, const char* next) {
+    if (args_.quantized()) {
+      matrix_ = args_.quantized_down->of_group(expert);
+      Weights w{nullptr, nullptr, columns.count, matrix_.data_stride, 0, next};
+      w.matrix = &matrix_;
+      w.first_row = columns.begin;
+      w.workspace = scratch(Scratch::weights, layer_.gemm.workspace(args_.intermediate));
+      return w;
+    }
     const Operand rows = rows_of(expert, columns);
     if (args_.format == WeightFormat::packed || rows.d_stride == layer_.size || args_.intermediate <= 1)
       return {rows.data, nullptr, columns.count, rows.row_stride, args_.hidden - columns.begin, next};
@@ -232,6 +254,7 @@ class Down {
   const Layer& layer_;
   const ExpertsArguments& args_;
   const Sums& sums_;
+  QuantizedMatrix matrix_{};
 };
 
 // Sums the slots of tokens [tokens.begin, tokens.end) in one stretch of columns.

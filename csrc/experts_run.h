@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "gemm.h"
+#include "quantized_weight.h"
 
 namespace polymoe {
 
@@ -29,9 +30,10 @@ struct ExpertsArguments {
   int64_t x_stride;
   const char* weights;  // [T, K], contiguous, f32 (f64 for f64)
 
-  Operand gate_up, down;  // of expert 0
+  Operand gate_up, down;  // of expert 0; of quantised weights, the data
   int64_t gate_up_expert_stride, down_expert_stride;
-  const char *gate_up_bias, *down_bias;  // [E, 2I] and [E, H], contiguous, or null
+  const QuantizedWeight *quantized_gate_up, *quantized_down;  // null for weights that are not quantised
+  const char *gate_up_bias, *down_bias;                       // [E, 2I] and [E, H], contiguous, or null
   Dtype gate_up_bias_dtype, down_bias_dtype;
 
   char* out;                          // [T, H], contiguous
@@ -39,6 +41,7 @@ struct ExpertsArguments {
   const int32_t* pre_activation_row;  // [T, K]: the row of each slot in pre_activation
 
   bool gated() const { return is_gated(activation.kind); }
+  bool quantized() const { return quantized_gate_up != nullptr; }
   int64_t halves() const { return gated() ? 2 : 1; }
 };
 

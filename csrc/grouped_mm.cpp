@@ -26,8 +26,9 @@ struct Problem {
   Operand a, w;
   int64_t m, n, d;
   char* out;
-  int64_t out_stride;  // bytes between rows
-  const char* bias;    // null: none
+  int64_t out_stride;        // bytes between rows
+  const char* bias;          // null: none
+  QuantizedMatrix matrix{};  // of quantised weights, instead of w
 };
 
 struct Types {
@@ -116,6 +117,13 @@ class Worker {
 
   Weights weights(const Problem& p, int64_t column, int64_t columns) {
     const int64_t size = size_of(types_.in);
+    if (gemm_.workspace) {
+      Weights weights{nullptr, nullptr, columns, 0, 0, nullptr};
+      weights.matrix = &p.matrix;
+      weights.first_row = column;
+      weights.workspace = scratch(Scratch::weights, gemm_.workspace(p.d));
+      return weights;
+    }
     if (types_.format == WeightFormat::packed)
       return {p.w.data + column * p.d * size, nullptr, columns, 0, p.n - column, nullptr};
     const Operand w = p.w.at(column);
@@ -244,23 +252,36 @@ struct Arguments {
   at::ScalarType out_dtype;
 };
 
+void check_plain(const at::Tensor& a, const at::Tensor& b) {
+  check_dtype(kOp, "b", b, {a.scalar_type()});
+  POLYMOE_CHECK(b.dim() == 2 || b.dim() == 3, kOp, "b", "a tensor [D, N] or [G, D, N]", describe(b));
+  POLYMOE_CHECK(a.size(-1) == b.size(-2), kOp, "b", c10::str("its second last size to be D=", a.size(-1)), describe(b));
+}
+
 Arguments check(const at::Tensor& a, const at::Tensor& b, const std::optional<at::Tensor>& offs,
                 const std::optional<at::Tensor>& bias, std::optional<at::ScalarType> out_dtype,
-                c10::string_view weight_format) {
+                c10::string_view weight_format, const std::optional<at::Tensor>& scale,
+                const std::optional<at::Tensor>& zero, c10::string_view mode) {
   check_cpu(kOp, "a", a);
   check_cpu(kOp, "b", b);
   check_dtype(kOp, "a", a, {at::kFloat, at::kBFloat16, at::kHalf, at::kDouble});
-  check_dtype(kOp, "b", b, {a.scalar_type()});
   POLYMOE_CHECK(a.dim() == 2 || a.dim() == 3, kOp, "a", "a tensor [M, D] or [G, M, D]", describe(a));
-  POLYMOE_CHECK(b.dim() == 2 || b.dim() == 3, kOp, "b", "a tensor [D, N] or [G, D, N]", describe(b));
-  POLYMOE_CHECK(a.size(-1) == b.size(-2), kOp, "b", c10::str("its second last size to be D=", a.size(-1)), describe(b));
+  std::optional<QuantizedWeight> quantized;
+  if (is_quantized(weight_format)) {
+    const at::Tensor data = b.dim() >= 2 ? b.transpose(-1, -2) : b;
+    quantized = check_quantized(kOp, {"b", "scale", "zero"}, data, scale, zero, weight_format, a.size(-1));
+  } else {
+    check_unquantized(kOp, weight_format, mode, {{"scale", scale}, {"zero", zero}});
+    check_plain(a, b);
+  }
   const bool ragged = a.dim() == 2 || b.dim() == 2;
   POLYMOE_CHECK(offs.has_value() == ragged, kOp, "offs",
                 ragged ? "cumulative ends [G], since an operand is 2-D" : "None, since both operands are 3-D",
                 offs ? describe(*offs) : "None");
   GroupedMm mm{a,  b,
                {}, a.dim() == 3 ? a.size(0) : b.dim() == 3 ? b.size(0) : offs->size(0),
-               {}, parse_weight_format(kOp, weight_format)};
+               {}, quantized ? StoredAs{quantized->format, 1} : parse_weight_format(kOp, weight_format)};
+  mm.quantized = quantized;
   if (mm.b_stored.format == WeightFormat::packed)
     POLYMOE_CHECK(b.dim() == 3 && (b.is_contiguous() || b.transpose(1, 2).is_contiguous()) &&
                       b.size(-1) % mm.b_stored.matrices == 0,
@@ -292,13 +313,12 @@ at::Tensor grouped_mm_cpu(const at::Tensor& a, const at::Tensor& b, const std::o
                           const std::optional<at::Tensor>& bias, std::optional<at::ScalarType> out_dtype,
                           c10::string_view weight_format, const std::optional<at::Tensor>& scale,
                           const std::optional<at::Tensor>& zero, c10::string_view mode, c10::string_view) {
-  if (is_quantized(weight_format)) {
+  if (is_quantized(weight_format) && (a.scalar_type() == at::kDouble || mode != "weight_only")) {
     static const auto routed = routed_op<decltype(grouped_mm_cpu)>("polymoe::grouped_mm");
     const at::AutoDispatchBelowADInplaceOrView below_autograd;
     return routed.call(a, b, offs, bias, out_dtype, weight_format, scale, zero, mode, "reference");
   }
-  const Arguments args = check(a, b, offs, bias, out_dtype, weight_format);
-  check_unquantized(kOp, weight_format, mode, {{"scale", scale}, {"zero", zero}});
+  const Arguments args = check(a, b, offs, bias, out_dtype, weight_format, scale, zero, mode);
   const at::Tensor out = at::empty(args.mm.out_sizes(), a.options().dtype(args.out_dtype));
   compute(args.mm, out);
   return out;
@@ -348,6 +368,7 @@ void compute(const GroupedMm& mm, const at::Tensor& out) {
     const int64_t end = mm.ends.empty() ? 0 : mm.ends[size_t(g)];
     Problem p{
         operand(mm.a, -2, -1, g), operand(mm.b, -1, -2, g), m, n, d, out_data, out.stride(-2) * out_size, nullptr};
+    if (mm.quantized) p.matrix = mm.quantized->of_group(g);
     if (mm.per_group()) p.out += g * out.stride(0) * out_size;
     if (mm.a_ragged() && mm.b_ragged()) {  // along the reduction
       p.a.data += begin * p.a.d_stride;

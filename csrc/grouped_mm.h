@@ -4,8 +4,10 @@
 #include <ATen/core/Tensor.h>
 
 #include <cstdint>
+#include <optional>
 #include <vector>
 
+#include "quantized_weight.h"
 #include "weight_format.h"
 
 namespace polymoe {
@@ -19,6 +21,8 @@ struct GroupedMm {
   // Sum rows times weights in the order of polymoe::experts, for the same bits, even where another order is faster.
   bool as_experts = true;
   bool accumulate = false;  // add to `out`; groups without a row are left alone
+
+  std::optional<QuantizedWeight> quantized = std::nullopt;  // what b is the transposed data of
 
   bool a_ragged() const { return a.dim() == 2; }
   bool b_ragged() const { return b.dim() == 2; }

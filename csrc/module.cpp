@@ -6,6 +6,7 @@
 
 #include "aten_grouped_mm.h"
 #include "isa.h"
+#include "micro/gemm_kernel.h"
 #include "threads.h"
 #include "tiling.h"
 
@@ -60,6 +61,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("block_rows", &block_rows);
   m.def("task_columns", &task_columns);
   m.def("sum_columns", &sum_columns);
+  m.def("decodes_once", &decodes_once);
   m.def("serve_aten_grouped_mm", &serve_aten_grouped_mm);
   m.def("aten_grouped_mm_calls", &aten_grouped_mm_calls);
   m.def("torch_version", [] { return TORCH_VERSION; });

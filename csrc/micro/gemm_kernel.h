@@ -13,9 +13,10 @@
 
 namespace polymoe {
 
-// plain: rows along the reduction, as nn.Linear stores them. packed: panels of kPanel columns (rows of W).
-enum class WeightFormat : int { plain, packed };
-constexpr int kWeightFormats = 2;
+// plain: rows along the reduction, as nn.Linear stores them. packed: panels of kPanel columns (rows of W). Then the
+// families of quantised formats, rows along the reduction too.
+enum class WeightFormat : int { plain, packed, fp8, mxfp8, mxfp4, int8, int4 };
+constexpr int kWeightFormats = 7;
 
 // A packed matrix [N, D] is N / kPanel panels and one of the N % kPanel columns left, all without padding. In a panel
 // of c columns step s of the reduction is c * step elements: column by column, `step` elements each. Where D is no
@@ -25,6 +26,18 @@ constexpr int64_t kPanel = 32;
 // Elements of the reduction, at most, that a packed kernel takes through all of a call's rows and columns at a time.
 constexpr int64_t kSlice = 512;
 
+// A quantised matrix [N, D]: strides in bytes from a row to the next.
+struct QuantizedMatrix {
+  const char *data, *scale, *zero;  // zero: null where there are no zero points
+  int64_t data_stride, scale_stride, zero_stride;
+  int64_t scale_rows, scale_columns;  // elements that share a scale: down, and along the reduction; 0: the whole row
+  bool exponents;                     // scales are e8m0; else f32
+};
+
+// Whether a quantised weight is decoded once for all rows of A, into a panel that the caches hold, or again for every
+// register tile of them. The bits of the result are the same.
+[[gnu::always_inline]] inline bool decodes_once(int64_t rows, int64_t max_rows) { return rows > max_rows; }
+
 // Columns of C, that is rows of W, in up to two runs: the gate half and the up half of an expert.
 struct Weights {
   const char* first;   // row 0; of packed weights, a panel
@@ -33,6 +46,12 @@ struct Weights {
   int64_t stride;      // plain: bytes from a row to the next within a run
   int64_t left;        // packed: rows from the begin of either run to the end of its matrix
   const char* next;    // where the next call will begin, or null: fetched ahead while the last rows are used
+
+  // Of quantised weights: the matrix, its rows at which the two runs begin and how far apart their rows are, and memory
+  // for GemmKernel::workspace bytes.
+  const QuantizedMatrix* matrix = nullptr;
+  int64_t first_row = 0, second_row = 0, row_step = 1;
+  char* workspace = nullptr;
 };
 
 struct GemmKernel {
@@ -47,6 +66,9 @@ struct GemmKernel {
 
   // c[i * ldc + j] for i < m, j < n: f32, or f64 for f64. `a` holds m rows packed in the groups of RowGroups.
   void (*multiply)(const char* a, int64_t m, const Weights& w, int64_t n, int64_t d, void* c, int64_t ldc);
+
+  // Bytes of Weights::workspace for rows of `d` elements; null for weights that are not quantised.
+  int64_t (*workspace)(int64_t d);
 };
 
 // nullptr where the level has no kernel for the dtype (f64 above the portable level).

@@ -344,9 +344,9 @@ void pack_rows(const char* const* rows, int64_t count, int64_t d, char* out) {
 }
 
 template <class F>
-constexpr GemmKernel kernel = {F::step,      int(F::packed_lanes * sizeof(typename F::Sum)) / F::step,
-                               kMaxRows,     int(kPanel),
-                               pack_rows<F>, multiply<F>};
+constexpr GemmKernel kernel = {
+    F::step, int(F::packed_lanes * sizeof(typename F::Sum)) / F::step, kMaxRows, int(kPanel), pack_rows<F>, multiply<F>,
+    nullptr};
 
 }  // namespace
 

@@ -159,7 +159,7 @@ void pack_rows(const char* const* rows, int64_t count, int64_t d, char* out) {
 }
 
 template <class F>
-constexpr GemmKernel kernel = {F::step, sizeof(typename F::Packed), kMaxRows, 1, pack_rows<F>, multiply<F>};
+constexpr GemmKernel kernel = {F::step, sizeof(typename F::Packed), kMaxRows, 1, pack_rows<F>, multiply<F>, nullptr};
 
 }  // namespace
 

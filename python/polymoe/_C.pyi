@@ -36,6 +36,9 @@ def in_forked_child() -> bool:
 def block_rows(row_bytes: int, l2_bytes: int) -> int:
     """Rows packed together for a matmul, each of `row_bytes`, with an L2 cache of `l2_bytes`."""
 
+def decodes_once(rows: int, max_rows: int) -> bool:
+    """Whether a quantised weight is decoded once for `rows` rows, where `max_rows` fill a register tile."""
+
 def task_columns(width: int, unit: int, target: int, blocks: int, threads: int) -> int:
     """Columns of one task, when `blocks` matrices of `width` columns are shared out to `threads`."""
 

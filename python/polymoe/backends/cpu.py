@@ -27,7 +27,10 @@ class CpuBackend:
             return f"the C++ extension has no kernel for {op}"
         weight_format = problem.option.get("weight_format", "plain")
         if weight_format in importlib.import_module("polymoe.formats").FORMATS:  # by name: it imports the ops
-            return f"it has no kernel for {weight_format} weights"
+            if problem.dtype == torch.float64:
+                return f"it has no float64 kernel for {weight_format} weights"
+            if problem.option.get("mode") == "int8":
+                return "it has no kernel for the mode int8"
         return None
 
     def implementation(self, op: str) -> Callable[..., Any]:
@@ -48,7 +51,10 @@ class CpuBackend:
         notes += [
             f"{name}: not contiguous along the reduction, so tiles of it are copied before they are multiplied"
             for name, weight, reduction in _weights(op, arguments)
-            if isinstance(weight, torch.Tensor) and weight.shape[reduction] > 1 and weight.stride(reduction) != 1
+            if isinstance(weight, torch.Tensor)
+            and weight.dtype == problem.dtype
+            and weight.shape[reduction] > 1
+            and weight.stride(reduction) != 1
         ]
         return notes
 

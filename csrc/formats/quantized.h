@@ -1,0 +1,354 @@
+// Quantised weights as operands of a product. What multiplies: `Wide`, f32 by f32, or `Dot`, pairs of bf16, where the
+// level has the instruction and x is bf16. What is stored: a codec for each family of formats, which turns the bytes of
+// a step of a row into such operands, exactly; the scale of a block is left to whoever adds up its products.
+//
+//   step               elements of the reduction taken at a time
+//   decode(p, adjust)  a step of a row, from p; `adjust` is 4 bytes that make it relative to its block:
+//                        mxfp4, mxfp8: what a group of 32 is below the largest of its block: a factor 2^-n for Wide,
+//                        n << 7 twice for Dot; int4: the zero point, as a float or as a word twice; else nothing
+//
+// bf16 holds every code here exactly, and as a normal number, which matters because the dot product reads subnormal
+// ones as zero: groups stay kSpread below the largest of the block at most.
+#pragma once
+
+#include "../micro/simd.h"
+
+namespace polymoe::POLYMOE_LEVEL {
+namespace {
+
+// Powers of two that the groups of a block may differ by; groups further below count as that far below.
+constexpr int kSpread = 110;
+
+struct Wide {
+  using Packed = float;
+  static constexpr int step = 2 * VF::width;
+
+  struct X {  // elements 0, 2, 4, ... and 1, 3, 5, ...
+    VF even, odd;
+  };
+  static X load(const char* p) {
+    const float* const f = reinterpret_cast<const float*>(p);
+    return {polymoe::POLYMOE_LEVEL::load<VF>(f), polymoe::POLYMOE_LEVEL::load<VF>(f + VF::width)};
+  }
+  static void store(char* p, X x) {
+    float* const f = reinterpret_cast<float*>(p);
+    polymoe::POLYMOE_LEVEL::store(f, x.even);
+    polymoe::POLYMOE_LEVEL::store(f + VF::width, x.odd);
+  }
+  static VF multiply_add(VF acc, X x, X w) { return fma(x.odd, w.odd, fma(x.even, w.even, acc)); }
+
+  template <class T>
+  static void pack(const T* p, char* out) {
+    float in_order[step];
+    for (int i = 0; i < step; i += VF::width)
+      polymoe::POLYMOE_LEVEL::store(in_order + i, polymoe::POLYMOE_LEVEL::load<VF>(p + i));
+    float* const f = reinterpret_cast<float*>(out);
+    for (int i = 0; i < VF::width; ++i) {
+      f[i] = in_order[2 * i];
+      f[VF::width + i] = in_order[2 * i + 1];
+    }
+  }
+
+  static uint32_t below(int n) { return uint32_t(127 - n) << 23; }
+  static uint32_t zero_point(int zero) { return float_bits(float(zero)); }
+};
+
+// The even and odd bytes of a step of 8-bit codes, or low and high nibbles of a step of 4-bit ones, and what becomes of
+// them; each codec says so for one vector of 32-bit integers.
+#if defined(POLYMOE_LEVEL_AVX512) || defined(POLYMOE_LEVEL_AVX512_BF16)
+
+struct Ints {
+  __m512i v;
+};
+inline Ints bytes_at(const char* p) {
+  return {_mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)))};
+}
+inline Ints words_at(const char* p) {
+  return {_mm512_cvtepi16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)))};
+}
+inline VF signed_low_byte(Ints x) { return {_mm512_cvtepi32_ps(_mm512_srai_epi32(_mm512_slli_epi32(x.v, 24), 24))}; }
+inline VF signed_high_byte(Ints x) { return {_mm512_cvtepi32_ps(_mm512_srai_epi32(x.v, 8))}; }
+inline VF low_nibble(Ints x) { return {_mm512_cvtepi32_ps(_mm512_and_si512(x.v, _mm512_set1_epi32(15)))}; }
+inline Ints high_nibble(Ints x) { return {_mm512_srli_epi32(x.v, 4)}; }
+inline Ints high_byte(Ints x) { return {_mm512_srli_epi32(x.v, 8)}; }
+inline VF e2m1(Ints x) {
+  const __m512 values = _mm512_setr_ps(0, 0.5f, 1, 1.5f, 2, 3, 4, 6, 0, -0.5f, -1, -1.5f, -2, -3, -4, -6);
+  return {_mm512_permutexvar_ps(x.v, values)};
+}
+inline VF e4m3(Ints x) {  // of the low byte
+  const __m512i code = _mm512_and_si512(x.v, _mm512_set1_epi32(0x7f));
+  const __m512i normal = _mm512_add_epi32(_mm512_slli_epi32(code, 20), _mm512_set1_epi32(120 << 23));
+  const __m512i subnormal = _mm512_castps_si512(_mm512_mul_ps(_mm512_cvtepi32_ps(code), _mm512_set1_ps(0x1p-9f)));
+  __m512i magnitude = _mm512_mask_blend_epi32(_mm512_cmplt_epi32_mask(code, _mm512_set1_epi32(8)), normal, subnormal);
+  const __mmask16 nan = _mm512_cmpeq_epi32_mask(code, _mm512_set1_epi32(0x7f));
+  magnitude = _mm512_mask_mov_epi32(magnitude, nan, _mm512_set1_epi32(0x7fc00000));
+  const __m512i sign = _mm512_slli_epi32(_mm512_and_si512(x.v, _mm512_set1_epi32(0x80)), 24);
+  return {_mm512_castsi512_ps(_mm512_or_si512(magnitude, sign))};
+}
+
+#elif defined(POLYMOE_LEVEL_AVX2)
+
+struct Ints {
+  __m256i v;
+};
+inline Ints bytes_at(const char* p) {
+  return {_mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)))};
+}
+inline Ints words_at(const char* p) {
+  return {_mm256_cvtepi16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)))};
+}
+inline VF signed_low_byte(Ints x) { return {_mm256_cvtepi32_ps(_mm256_srai_epi32(_mm256_slli_epi32(x.v, 24), 24))}; }
+inline VF signed_high_byte(Ints x) { return {_mm256_cvtepi32_ps(_mm256_srai_epi32(x.v, 8))}; }
+inline VF low_nibble(Ints x) { return {_mm256_cvtepi32_ps(_mm256_and_si256(x.v, _mm256_set1_epi32(15)))}; }
+inline Ints high_nibble(Ints x) { return {_mm256_srli_epi32(x.v, 4)}; }
+inline Ints high_byte(Ints x) { return {_mm256_srli_epi32(x.v, 8)}; }
+inline VF e2m1(Ints x) {
+  const __m256 magnitude = _mm256_permutevar8x32_ps(_mm256_setr_ps(0, 0.5f, 1, 1.5f, 2, 3, 4, 6), x.v);
+  const __m256i sign = _mm256_slli_epi32(_mm256_and_si256(x.v, _mm256_set1_epi32(8)), 28);
+  return {_mm256_or_ps(magnitude, _mm256_castsi256_ps(sign))};
+}
+inline VF e4m3(Ints x) {  // of the low byte
+  const __m256i code = _mm256_and_si256(x.v, _mm256_set1_epi32(0x7f));
+  const __m256i normal = _mm256_add_epi32(_mm256_slli_epi32(code, 20), _mm256_set1_epi32(120 << 23));
+  const __m256i subnormal = _mm256_castps_si256(_mm256_mul_ps(_mm256_cvtepi32_ps(code), _mm256_set1_ps(0x1p-9f)));
+  const __m256i small = _mm256_cmpgt_epi32(_mm256_set1_epi32(8), code);
+  const __m256i nan = _mm256_cmpeq_epi32(code, _mm256_set1_epi32(0x7f));
+  __m256i magnitude = _mm256_blendv_epi8(normal, subnormal, small);
+  magnitude = _mm256_blendv_epi8(magnitude, _mm256_set1_epi32(0x7fc00000), nan);
+  const __m256i sign = _mm256_slli_epi32(_mm256_and_si256(x.v, _mm256_set1_epi32(0x80)), 24);
+  return {_mm256_castsi256_ps(_mm256_or_si256(magnitude, sign))};
+}
+
+#else
+
+struct Ints {
+  int32_t v[VF::width];
+};
+template <class F>
+inline Ints each(F f) {
+  Ints r;
+  for (int i = 0; i < VF::width; ++i) r.v[i] = f(i);
+  return r;
+}
+inline int32_t byte_of(const char* p, int i) { return int32_t(uint8_t(p[i])); }
+inline Ints bytes_at(const char* p) {
+  return each([&](int i) { return byte_of(p, i); });
+}
+inline Ints words_at(const char* p) {
+  return each([&](int i) { return byte_of(p, 2 * i) | byte_of(p, 2 * i + 1) << 8; });
+}
+inline VF signed_low_byte(Ints x) {
+  return map<float, VF::width>([&](int i) { return float(int8_t(uint8_t(x.v[i]))); });
+}
+inline VF signed_high_byte(Ints x) {
+  return map<float, VF::width>([&](int i) { return float(int8_t(uint8_t(x.v[i] >> 8))); });
+}
+inline VF low_nibble(Ints x) {
+  return map<float, VF::width>([&](int i) { return float(x.v[i] & 15); });
+}
+inline Ints high_nibble(Ints x) {
+  return each([&](int i) { return x.v[i] >> 4; });
+}
+inline Ints high_byte(Ints x) {
+  return each([&](int i) { return x.v[i] >> 8; });
+}
+inline VF e2m1(Ints x) {
+  constexpr float values[16] = {0, 0.5f, 1, 1.5f, 2, 3, 4, 6, 0, -0.5f, -1, -1.5f, -2, -3, -4, -6};
+  return map<float, VF::width>([&](int i) { return values[x.v[i] & 15]; });
+}
+inline VF e4m3(Ints x) {  // of the low byte
+  return map<float, VF::width>([&](int i) {
+    const uint32_t code = uint32_t(x.v[i]) & 0x7f, sign = (uint32_t(x.v[i]) & 0x80) << 24;
+    const uint32_t small = float_bits(float(code) * 0x1p-9f), normal = (code << 20) + (120u << 23);
+    return bits_float(sign | (code == 0x7f ? 0x7fc00000u : code < 8 ? small : normal));
+  });
+}
+
+#endif
+
+// What `adjust` of a row speaks of.
+enum class Adjust { none, groups, blocks };
+
+template <class A>
+struct Mxfp4;
+template <class A>
+struct Mxfp8;
+template <class A>
+struct Fp8;
+template <class A>
+struct Int8;
+template <class A>
+struct Int4;
+
+template <>
+struct Mxfp4<Wide> {
+  static constexpr int bits = 4;
+  static constexpr Adjust adjust = Adjust::groups;
+  static Wide::X decode(const char* p, uint32_t below) {
+    const Ints codes = bytes_at(p);
+    const VF factor = set<VF>(bits_float(below));
+    return {e2m1(codes) * factor, e2m1(high_nibble(codes)) * factor};
+  }
+};
+
+template <>
+struct Fp8<Wide> {
+  static constexpr int bits = 8;
+  static constexpr Adjust adjust = Adjust::none;
+  static Wide::X decode(const char* p, uint32_t) {
+    const Ints codes = words_at(p);
+    return {e4m3(codes), e4m3(high_byte(codes))};
+  }
+};
+
+template <>
+struct Mxfp8<Wide> {
+  static constexpr int bits = 8;
+  static constexpr Adjust adjust = Adjust::groups;
+  static Wide::X decode(const char* p, uint32_t below) {
+    const Wide::X x = Fp8<Wide>::decode(p, 0);
+    const VF factor = set<VF>(bits_float(below));
+    return {x.even * factor, x.odd * factor};
+  }
+};
+
+template <>
+struct Int8<Wide> {
+  static constexpr int bits = 8;
+  static constexpr Adjust adjust = Adjust::none;
+  static Wide::X decode(const char* p, uint32_t) {
+    const Ints codes = words_at(p);
+    return {signed_low_byte(codes), signed_high_byte(codes)};
+  }
+};
+
+template <>
+struct Int4<Wide> {
+  static constexpr int bits = 4;
+  static constexpr Adjust adjust = Adjust::blocks;
+  static Wide::X decode(const char* p, uint32_t zero) {
+    const Ints codes = bytes_at(p);
+    const VF offset = set<VF>(bits_float(zero));
+    return {low_nibble(codes) - offset, low_nibble(high_nibble(codes)) - offset};
+  }
+};
+
+#if defined(POLYMOE_LEVEL_AVX512_BF16)
+
+struct Dot {
+  using Packed = bf16;
+  static constexpr int step = 32;
+
+  using X = __m512i;
+  static X load(const char* p) { return _mm512_loadu_si512(p); }
+  static void store(char* p, X x) { _mm512_storeu_si512(p, x); }
+  static VF multiply_add(VF acc, X x, X w) { return {_mm512_dpbf16_ps(acc.v, __m512bh(x), __m512bh(w))}; }
+
+  static void pack(const bf16* p, char* out) { store(out, load(reinterpret_cast<const char*>(p))); }
+
+  static uint32_t below(int n) { return uint32_t(n << 7) * 0x10001u; }
+  static uint32_t zero_point(int zero) { return uint32_t(zero) * 0x10001u; }
+};
+
+// A byte in every 32 bits, its low nibble at the bottom of the low word and its high nibble at the bottom of the high
+// word; what is above them differs.
+inline __m512i nibbles_at(const char* p) {
+  const __m512i bytes = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+  return _mm512_or_si512(bytes, _mm512_slli_epi32(bytes, 12));
+}
+
+// Entries i and i + 16 are the same: an index has five bits.
+inline __m512i e2m1_in_bf16() {
+  const __m256i values =
+      _mm256_setr_epi16(0, 0x3f00, 0x3f80, 0x3fc0, 0x4000, 0x4040, 0x4080, 0x40c0, 0, short(0xbf00), short(0xbf80),
+                        short(0xbfc0), short(0xc000), short(0xc040), short(0xc080), short(0xc0c0));
+  return _mm512_broadcast_i64x4(values);
+}
+
+template <>
+struct Mxfp4<Dot> {
+  static constexpr int bits = 4;
+  static constexpr Adjust adjust = Adjust::groups;
+  static __m512i decode(const char* p, uint32_t below) {
+    const __m512i x = _mm512_permutexvar_epi16(nibbles_at(p), e2m1_in_bf16());
+    return _mm512_subs_epu16(x, _mm512_set1_epi32(int(below)));  // of the exponents; zero stays zero
+  }
+};
+
+// Magnitudes of e4m3 codes: bf16 bits without the sign; and 0x7fff for NaN. `x` has the codes sign-extended.
+inline __m512i e4m3_magnitude(__m512i x) {
+  const __m512i code = _mm512_and_si512(_mm512_slli_epi16(x, 4), _mm512_set1_epi16(0x7f0));
+  const __m512i normal = _mm512_add_epi16(code, _mm512_set1_epi16(120 << 7));
+  // Subnormal codes and NaN are looked up: their low five bits are 0 to 7, and 31.
+  const __m512i next = _mm512_and_si512(_mm512_add_epi16(code, _mm512_set1_epi16(0x10)), _mm512_set1_epi16(0x7f0));
+  const __mmask32 special = _mm512_cmple_epu16_mask(next, _mm512_set1_epi16(0x80));
+  const __m512i table =
+      _mm512_inserti64x4(_mm512_castsi256_si512(_mm256_setr_epi16(0, 0x3b00, 0x3b80, 0x3bc0, 0x3c00, 0x3c20, 0x3c40,
+                                                                  0x3c60, 0, 0, 0, 0, 0, 0, 0, 0)),
+                         _mm256_setr_epi16(0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0x7fff), 1);
+  return _mm512_mask_permutexvar_epi16(normal, special, x, table);
+}
+
+inline __m512i with_sign(__m512i magnitude, __m512i x) {
+  return _mm512_ternarylogic_epi32(magnitude, x, _mm512_set1_epi16(short(0x8000)), 0xf8);
+}
+
+inline __m512i sign_extended_bytes(const char* p) {
+  return _mm512_cvtepi8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+}
+
+template <>
+struct Fp8<Dot> {
+  static constexpr int bits = 8;
+  static constexpr Adjust adjust = Adjust::none;
+  static __m512i decode(const char* p, uint32_t) {
+    const __m512i x = sign_extended_bytes(p);
+    return with_sign(e4m3_magnitude(x), x);
+  }
+};
+
+template <>
+struct Mxfp8<Dot> {
+  static constexpr int bits = 8;
+  static constexpr Adjust adjust = Adjust::groups;
+  static __m512i decode(const char* p, uint32_t below) {
+    const __m512i x = sign_extended_bytes(p), magnitude = e4m3_magnitude(x);
+    const __mmask32 number = _mm512_cmpneq_epi16_mask(magnitude, _mm512_set1_epi16(0x7fff));
+    return with_sign(_mm512_mask_subs_epu16(magnitude, number, magnitude, _mm512_set1_epi32(int(below))), x);
+  }
+};
+
+template <>
+struct Int8<Dot> {
+  static constexpr int bits = 8;
+  static constexpr Adjust adjust = Adjust::none;
+  static __m512i decode(const char* p, uint32_t) {
+    const __m128i* const halves = reinterpret_cast<const __m128i*>(p);
+    const __m512 low = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(halves)));
+    const __m512 high = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(halves + 1)));
+    return __m512i(_mm512_cvtne2ps_pbh(high, low));
+  }
+};
+
+template <>
+struct Int4<Dot> {
+  static constexpr int bits = 4;
+  static constexpr Adjust adjust = Adjust::blocks;
+  static __m512i decode(const char* p, uint32_t zero) {
+    // 0 to 15, and -16 to -1: what five bits of the difference stand for.
+    const __m512i table = _mm512_inserti64x4(
+        _mm512_castsi256_si512(_mm256_setr_epi16(0, 0x3f80, 0x4000, 0x4040, 0x4080, 0x40a0, 0x40c0, 0x40e0, 0x4100,
+                                                 0x4110, 0x4120, 0x4130, 0x4140, 0x4150, 0x4160, 0x4170)),
+        _mm256_setr_epi16(short(0xc180), short(0xc170), short(0xc160), short(0xc150), short(0xc140), short(0xc130),
+                          short(0xc120), short(0xc110), short(0xc100), short(0xc0e0), short(0xc0c0), short(0xc0a0),
+                          short(0xc080), short(0xc040), short(0xc000), short(0xbf80)),
+        1);
+    const __m512i codes = _mm512_and_si512(nibbles_at(p), _mm512_set1_epi32(0x000f000f));
+    return _mm512_permutexvar_epi16(_mm512_sub_epi16(codes, _mm512_set1_epi32(int(zero))), table);
+  }
+};
+
+#endif
+
+}  // namespace
+}  // namespace polymoe::POLYMOE_LEVEL

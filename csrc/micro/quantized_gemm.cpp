@@ -1,0 +1,313 @@
+// The matmul microkernel for quantised weights, read as they are stored. Register tiles along the reduction as for
+// plain weights: a lane of an accumulator takes every so many elements, and the lanes are added at the end, in a fixed
+// tree. Codes are multiplied exactly; what a block of them sums to is then multiplied by the scale that the block
+// shares and added to the total, which is one fused multiply-add:
+//
+//   total += scale[block] * sum over the block of x * code
+//
+// For few rows of A a step of weights is decoded in registers where it is used. For more it is decoded into a panel
+// first, once for all rows. Both add the same numbers in the same order.
+#include "../formats/quantized.h"
+#include "gemm_kernel.h"
+
+namespace polymoe::POLYMOE_LEVEL {
+namespace {
+
+constexpr int64_t kGroup = 32;   // of the MX formats
+constexpr int64_t kBlock = 512;  // elements of a block, where scales allow any
+constexpr int kMaxColumns = 8;
+
+// Tile shapes: columns for a group of 1, 2, 3, 4 rows, where weights are decoded in registers, and for any group, where
+// they lie in a panel. What is left over of a run of columns goes one by one.
+#if defined(POLYMOE_LEVEL_AVX512) || defined(POLYMOE_LEVEL_AVX512_BF16)
+constexpr int kMaxRows = 4;
+constexpr int kDecoded[kMaxRows] = {8, 6, 4, 4};
+constexpr int kPanelColumns = 6;
+#elif defined(POLYMOE_LEVEL_AVX2)
+constexpr int kMaxRows = 4;
+constexpr int kDecoded[kMaxRows] = {4, 3, 2, 2};
+constexpr int kPanelColumns = 3;
+#else
+constexpr int kMaxRows = 2;
+constexpr int kDecoded[kMaxRows] = {2, 2};
+constexpr int kPanelColumns = 2;
+#endif
+
+// The reduction: `blocks` blocks of `block` steps, `whole` whole steps in all, and `tail` elements more.
+struct Reduction {
+  int64_t blocks, block, whole;
+  int tail;
+};
+
+// A row of weights, ready for a tile.
+struct Row {
+  const char* data;         // codes, or decoded elements
+  const uint32_t* adjust;   // by group or block, as the codec wants it
+  const float* multiplier;  // by block
+};
+
+// Rows that the next tile will read; asked for while this one computes.
+struct Prefetch {
+  const char* row[kMaxColumns];
+  int count;
+};
+
+// Weights decoded where they are used.
+template <class A, template <class> class Codec>
+struct Decoded {
+  using C = Codec<A>;
+  static constexpr int64_t bytes = A::step * C::bits / 8;
+  static constexpr int columns(int rows) { return kDecoded[rows - 1]; }
+
+  static uint32_t adjust(const Row& row, int64_t s, int64_t block) {
+    if (C::adjust == Adjust::groups) return row.adjust[s * A::step / kGroup];
+    return C::adjust == Adjust::blocks ? row.adjust[block] : 0;
+  }
+  static typename A::X load(const Row& row, int64_t s, int64_t block) {
+    return C::decode(row.data + s * bytes, adjust(row, s, block));
+  }
+  static typename A::X load_tail(const Row& row, int64_t s, int64_t block, int tail) {
+    char last[bytes] = {};
+    __builtin_memcpy(last, row.data + s * bytes, size_t(tail * C::bits + 7) / 8);
+    return C::decode(last, adjust(row, s, block));
+  }
+};
+
+// Weights in a panel, the tail as a whole step.
+template <class A>
+struct Paneled {
+  static constexpr int64_t bytes = A::step * sizeof(typename A::Packed);
+  static constexpr int columns(int) { return kPanelColumns; }
+
+  static typename A::X load(const Row& row, int64_t s, int64_t) { return A::load(row.data + s * bytes); }
+  static typename A::X load_tail(const Row& row, int64_t s, int64_t block, int) { return load(row, s, block); }
+};
+
+template <class A, class Source, int ROWS, int COLUMNS>
+void tile(const char* a, const Row* w, const Reduction& r, float* c, int64_t ldc, const Prefetch& next) {
+  constexpr int64_t x_bytes = A::step * sizeof(typename A::Packed);
+  constexpr int kSums = (ROWS * COLUMNS + 3) / 4 * 4;
+  VF total[kSums];
+#pragma GCC unroll 32
+  for (VF& v : total) v = set<VF>(0);
+
+  for (int64_t b = 0; b < r.blocks; ++b) {
+    const int64_t begin = b * r.block, end = begin + r.block < r.whole ? begin + r.block : r.whole;
+    for (int i = 0; i < next.count; ++i)
+      for (int64_t line = begin * Source::bytes & ~int64_t(63); line < end * Source::bytes; line += 64)
+        __builtin_prefetch(next.row[i] + line, 0, 2);
+    VF acc[ROWS * COLUMNS];
+#pragma GCC unroll 32
+    for (VF& v : acc) v = set<VF>(0);
+    for (int64_t s = begin; s < end; ++s) {
+      typename A::X x[ROWS];
+#pragma GCC unroll 4
+      for (int i = 0; i < ROWS; ++i) x[i] = A::load(a + (s * ROWS + i) * x_bytes);
+#pragma GCC unroll 8
+      for (int j = 0; j < COLUMNS; ++j) {
+        const typename A::X wj = Source::load(w[j], s, b);
+#pragma GCC unroll 4
+        for (int i = 0; i < ROWS; ++i) acc[i * COLUMNS + j] = A::multiply_add(acc[i * COLUMNS + j], x[i], wj);
+      }
+    }
+    if (r.tail && b + 1 == r.blocks) {
+#pragma GCC unroll 8
+      for (int j = 0; j < COLUMNS; ++j) {
+        const typename A::X wj = Source::load_tail(w[j], r.whole, b, r.tail);
+#pragma GCC unroll 4
+        for (int i = 0; i < ROWS; ++i)
+          acc[i * COLUMNS + j] = A::multiply_add(acc[i * COLUMNS + j], A::load(a + (r.whole * ROWS + i) * x_bytes), wj);
+      }
+    }
+#pragma GCC unroll 8
+    for (int j = 0; j < COLUMNS; ++j) {
+      const VF factor = set<VF>(w[j].multiplier[b]);
+#pragma GCC unroll 4
+      for (int i = 0; i < ROWS; ++i) total[i * COLUMNS + j] = fma(acc[i * COLUMNS + j], factor, total[i * COLUMNS + j]);
+    }
+  }
+
+  float sums[kSums];
+#pragma GCC unroll 8
+  for (int q = 0; q < ROWS * COLUMNS; q += 4) sum4(sums + q, total[q], total[q + 1], total[q + 2], total[q + 3]);
+  for (int i = 0; i < ROWS; ++i)
+    for (int j = 0; j < COLUMNS; ++j) c[i * ldc + j] = sums[i * COLUMNS + j];
+}
+
+using Tile = void (*)(const char*, const Row*, const Reduction&, float*, int64_t, const Prefetch&);
+
+// The tile of `rows` rows by the full columns of its shape, or by one column.
+template <class A, class Source>
+Tile tile_of(int rows, bool full) {
+  constexpr int three = kMaxRows >= 3 ? 3 : 1, four = kMaxRows >= 4 ? 4 : 1;
+  static constexpr Tile tiles[2][4] = {
+      {tile<A, Source, 1, 1>, tile<A, Source, 2, 1>, tile<A, Source, three, 1>, tile<A, Source, four, 1>},
+      {tile<A, Source, 1, Source::columns(1)>, tile<A, Source, 2, Source::columns(2)>,
+       tile<A, Source, three, Source::columns(three)>, tile<A, Source, four, Source::columns(four)>}};
+  return tiles[full][rows - 1];
+}
+
+float from_e8m0(uint8_t code) { return bits_float(code == 255 ? 0x7fc00000u : code == 0 ? 1u << 22 : code << 23); }
+
+// Elements that a block takes: those that share a scale, or any number, since then the groups of a block are taken
+// relative to one another, or the whole row shares one.
+template <class C>
+int64_t block_of(const QuantizedMatrix& m) {
+  return C::adjust == Adjust::groups || m.scale_columns == 0 ? kBlock : m.scale_columns;
+}
+
+// The largest scale of a block of groups is its multiplier; the groups get what they are below it.
+template <class A>
+void prepare_groups(const uint8_t* scales, int64_t groups, float* multiplier, uint32_t* adjust) {
+  constexpr int64_t kGroups = kBlock / kGroup;
+  for (int64_t begin = 0; begin < groups; begin += kGroups) {
+    uint8_t codes[kGroups] = {};
+    __builtin_memcpy(codes, scales + begin, size_t(groups - begin < kGroups ? groups - begin : kGroups));
+    uint8_t largest = 0;
+    for (int i = 0; i < kGroups; ++i) largest = codes[i] > largest ? codes[i] : largest;
+    for (int i = 0; i < kGroups; ++i) {
+      const int below = largest - codes[i];
+      adjust[begin + i] = A::below(below < kSpread ? below : kSpread);
+    }
+    *multiplier++ = from_e8m0(largest);
+  }
+}
+
+// Scales and zero points of row n as tiles take them.
+template <class A, class C>
+void prepare(const QuantizedMatrix& m, int64_t n, int64_t blocks, int64_t d, float* multiplier, uint32_t* adjust) {
+  const char* const scale = m.scale + n / m.scale_rows * m.scale_stride;
+  if (C::adjust == Adjust::groups)
+    return prepare_groups<A>(reinterpret_cast<const uint8_t*>(scale), (d + kGroup - 1) / kGroup, multiplier, adjust);
+  for (int64_t b = 0; b < blocks; ++b) {
+    const int64_t at = m.scale_columns == 0 ? 0 : b;
+    if (m.exponents)
+      multiplier[b] = from_e8m0(uint8_t(scale[at]));
+    else
+      __builtin_memcpy(multiplier + b, scale + at * 4, 4);
+  }
+  if (C::adjust == Adjust::blocks)
+    for (int64_t b = 0; b < blocks; ++b) adjust[b] = A::zero_point(m.zero ? uint8_t(m.zero[n * m.zero_stride + b]) : 8);
+}
+
+// Places in the workspace, for kMaxColumns rows of d elements.
+template <class A>
+struct Workspace {
+  int64_t factors;  // at most so many blocks, or groups, rounded up to whole blocks of them
+  int64_t panel_row;
+
+  explicit Workspace(int64_t d)
+      : factors((d + kBlock - 1) / kBlock * (kBlock / kGroup)),
+        panel_row((d + A::step - 1) / A::step * Paneled<A>::bytes) {}
+
+  int64_t bytes() const { return kMaxColumns * (2 * factors * 4 + panel_row); }
+  char* panel(char* base, int j) const { return base + j * panel_row; }
+  float* multiplier(char* base, int j) const {
+    return reinterpret_cast<float*>(base + kMaxColumns * panel_row) + j * factors;
+  }
+  uint32_t* adjust(char* base, int j) const {
+    return reinterpret_cast<uint32_t*>(base + kMaxColumns * (panel_row + factors * 4)) + j * factors;
+  }
+};
+
+template <class A, template <class> class Codec>
+void decode_row(const Row& row, const Reduction& r, char* out) {
+  using Source = Decoded<A, Codec>;
+  for (int64_t b = 0; b < r.blocks; ++b) {
+    const int64_t begin = b * r.block, end = begin + r.block < r.whole ? begin + r.block : r.whole;
+    for (int64_t s = begin; s < end; ++s) A::store(out + s * Paneled<A>::bytes, Source::load(row, s, b));
+  }
+  if (r.tail) A::store(out + r.whole * Paneled<A>::bytes, Source::load_tail(row, r.whole, r.blocks - 1, r.tail));
+}
+
+// Row n of the run that column j of C is in.
+int64_t matrix_row(const Weights& w, int64_t j) {
+  return j < w.split ? w.first_row + j * w.row_step : w.second_row + (j - w.split) * w.row_step;
+}
+
+template <class A, template <class> class Codec>
+void multiply(const char* a, int64_t m, const Weights& w, int64_t n, int64_t d, void* c, int64_t ldc) {
+  const RowGroups groups(m, kMaxRows);
+  if (groups.count == 0 || n == 0) return;
+  const QuantizedMatrix& matrix = *w.matrix;
+  const int64_t block = block_of<Codec<A>>(matrix);
+  const Reduction r{(d + block - 1) / block, block / A::step, d / A::step, int(d % A::step)};
+  const bool once = decodes_once(m, kMaxRows);
+  const int full = once ? kPanelColumns : kDecoded[groups.rows(0) - 1];
+  const Workspace<A> space(d);
+  const int64_t row_bytes = ((d + A::step - 1) / A::step) * Paneled<A>::bytes;
+
+  for (int64_t j0 = 0; j0 < n;) {
+    const bool is_full = n - j0 >= full;
+    const int columns = is_full ? full : 1;
+    const int64_t left = n - j0 - columns, ahead = left >= full ? full : left > 0 ? 1 : 0;
+    Row rows[kMaxColumns];
+    for (int j = 0; j < columns; ++j) {
+      const int64_t row = matrix_row(w, j0 + j);
+      rows[j] = {matrix.data + row * matrix.data_stride, space.adjust(w.workspace, j),
+                 space.multiplier(w.workspace, j)};
+      prepare<A, Codec<A>>(matrix, row, r.blocks, d, space.multiplier(w.workspace, j), space.adjust(w.workspace, j));
+      if (!once) continue;
+      char* const panel = space.panel(w.workspace, j);
+      decode_row<A, Codec>(rows[j], r, panel);
+      rows[j].data = panel;
+    }
+    Prefetch next{{}, 0};
+    if (!once)
+      for (int j = 0; j < ahead; ++j)
+        next.row[next.count++] = matrix.data + matrix_row(w, j0 + columns + j) * matrix.data_stride;
+    for (int64_t group = 0; group < groups.count; ++group) {
+      const int count = groups.rows(group);
+      const int64_t first = groups.first_row(group);
+      float* const out = static_cast<float*>(c) + first * ldc + j0;
+      const Tile run = once ? tile_of<A, Paneled<A>>(count, is_full) : tile_of<A, Decoded<A, Codec>>(count, is_full);
+      run(a + first * row_bytes, rows, r, out, ldc, next);
+    }
+    j0 += columns;
+  }
+}
+
+template <class A, class T>
+void pack_rows(const char* const* rows, int64_t count, int64_t d, char* out) {
+  constexpr int64_t stored = A::step * sizeof(T), packed = Paneled<A>::bytes;
+  const int64_t whole = d / A::step;
+  for (int64_t r = 0; r < count; ++r)
+    for (int64_t s = 0; s < whole; ++s)
+      A::pack(reinterpret_cast<const T*>(rows[r] + s * stored), out + (s * count + r) * packed);
+  if (d % A::step == 0) return;
+  for (int64_t r = 0; r < count; ++r) {
+    T last[A::step] = {};
+    __builtin_memcpy(last, rows[r] + whole * stored, size_t(d % A::step) * sizeof(T));
+    A::pack(last, out + (whole * count + r) * packed);
+  }
+}
+
+template <class A>
+int64_t workspace(int64_t d) {
+  return Workspace<A>(d).bytes();
+}
+
+template <class A, template <class> class Codec, class T>
+constexpr GemmKernel kernel = {A::step,         sizeof(typename A::Packed), kMaxRows,    1,
+                               pack_rows<A, T>, multiply<A, Codec>,         workspace<A>};
+
+#if defined(POLYMOE_LEVEL_AVX512_BF16)
+using ForBf16 = Dot;
+#else
+using ForBf16 = Wide;
+#endif
+
+template <template <class> class Codec>
+constexpr GemmTable table = {
+    {&kernel<Wide, Codec, float>, &kernel<ForBf16, Codec, bf16>, &kernel<Wide, Codec, f16>, nullptr}};
+
+}  // namespace
+
+extern const GemmTable fp8_gemm_table, mxfp8_gemm_table, mxfp4_gemm_table, int8_gemm_table, int4_gemm_table;
+const GemmTable fp8_gemm_table = table<Fp8>;
+const GemmTable mxfp8_gemm_table = table<Mxfp8>;
+const GemmTable mxfp4_gemm_table = table<Mxfp4>;
+const GemmTable int8_gemm_table = table<Int8>;
+const GemmTable int4_gemm_table = table<Int4>;
+
+}  // namespace polymoe::POLYMOE_LEVEL

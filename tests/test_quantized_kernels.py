@@ -1,0 +1,238 @@
+"""Products with quantised weights on every backend and ISA level: every code of every format through the matmul, every
+scale, and the same bits whatever the batch, the threads or the fusion."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import polymoe
+from polymoe import formats
+from polymoe.formats import Fp8Block, Int4, Weight
+from polymoe.formats.codes import pack_nibbles
+from polymoe.testing.cases import Random
+from polymoe.testing.conformance._run import op_threads, serial
+from polymoe.testing.conformance.bitwise import check_batch, check_threads
+from polymoe.testing.targets import Target
+from polymoe.testing.tolerances import assert_same_bits, relative_frobenius
+
+NAMES = tuple(formats.FORMATS)
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+CODES = {"mxfp4": 16, "int4": 16, "int8": 256, "mxfp8": 256, "fp8": 256}
+
+
+def family(name: str) -> str:
+    return name if name in CODES else name.split("_")[0]
+
+
+def weight_of(name: str, codes: Tensor, random: Random, same_scales: bool = False) -> Weight:
+    """A weight [G, N, D] of these codes, with random scales, and zero points where the format has them."""
+    G, N, D = codes.shape
+    format = formats.parse(name)
+    byte = codes.to(torch.uint8)
+    kind = family(name)
+    data = pack_nibbles(byte) if kind in ("mxfp4", "int4") else byte
+    data = data.view(torch.int8) if kind == "int8" else data.view(torch.float8_e4m3fn) if "fp8" in kind else data
+    shape = (G, *format.scale_shape(N, D))
+    if kind.startswith("mx"):
+        data = pack_nibbles(byte) if kind == "mxfp4" else data
+        scale = torch.full(shape, 120, dtype=torch.uint8) if same_scales else random.integers(100, 150, *shape)
+        scale = scale.to(torch.uint8)
+    else:
+        scale = torch.ones(shape) if same_scales else random.weights(shape[0], torch.Size(shape[1:]).numel())
+        scale = scale.reshape(shape)
+    zero = random.integers(0, 17, *shape, dtype=torch.uint8) if kind == "int4" and not same_scales else None
+    return Weight(data, scale, zero, name, N, D)
+
+
+def multiply(a: Tensor, weight: Weight, target: Target, ends: Tensor | None = None, **options: Any) -> Tensor:
+    if ends is None:
+        ends = torch.tensor([a.shape[0]])
+    how = (weight.format, weight.scale, weight.zero)
+    with target.active(), op_threads(target):
+        return polymoe.grouped_mm(a, weight.data.mT, ends, None, torch.float32, *how, backend=target.backend, **options)
+
+
+def dequantized(weight: Weight) -> Tensor:
+    return formats.parse(weight.format).dequantize(weight, torch.float64)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("D", [70, 545])
+@serial
+def test_every_code_in_every_place(name: str, D: int, target: Target, seed: int) -> None:
+    """The unit matrix times a weight is the weight; with few rows at a time, and with all."""
+    random, count = Random(seed), CODES[family(name)]
+    codes = (torch.arange(count)[:, None] + torch.arange(D) * 3) % count
+    if "fp8" in name:
+        codes = codes.where(codes & 0x7F != 0x7F, 0)  # NaN
+    weight = weight_of(name, codes[None], random)
+    expected = dequantized(weight)[0].mT.float()
+    for dtype in DTYPES:
+        unit = torch.eye(D, dtype=dtype)
+        assert torch.equal(multiply(unit, weight, target), expected), dtype
+        for rows in (1, 2, 3, 4):
+            some = random.permutation(D)[:rows]
+            assert torch.equal(multiply(unit[some], weight, target), expected[some]), (dtype, rows)
+
+
+@pytest.mark.parametrize("name", ["fp8_block32", "fp8_block128", "mxfp8"])
+def test_nan_codes(name: str, target: Target, seed: int) -> None:
+    """NaN in the rows that have such a code, wherever, and in no other."""
+    random = Random(seed)
+    codes = random.integers(0, 0x7F, 1, 20, 131)
+    for row, column in ((3, 0), (7, 64), (12, 130)):
+        codes[0, row, column] = 0x7F if row != 7 else 0xFF
+    weight = weight_of(name, codes, random)
+    for dtype in DTYPES:
+        for rows in (1, 9):
+            out = multiply(random.normal(rows, 131, dtype=dtype), weight, target)
+            assert out.isnan().any(0).nonzero().flatten().tolist() == [3, 7, 12]
+            assert out[:, [3, 7, 12]].isnan().all()
+
+
+@pytest.mark.parametrize("name", ["mxfp4", "mxfp8", "fp8_block32"])
+def test_every_e8m0_scale(name: str, target: Target) -> None:
+    """Each row of scales the same, from 2^-127 to 2^127; the products of 1 are float32 numbers, also subnormal ones."""
+    rows = 255 * formats.parse(name).block[0]
+    codes = torch.full((1, rows, 96), 0x38 if "8" in name else 2)  # 1
+    scale = torch.arange(255, dtype=torch.uint8)[None, :, None].expand(1, 255, 3).contiguous()
+    weight = Weight(weight_of(name, codes, Random(0)).data, scale, None, name, rows, 96)
+    expected = dequantized(weight)[0, :, :1].mT.float()
+    for dtype in DTYPES:
+        for count in (1, 6):
+            a = torch.zeros(count, 96, dtype=dtype)
+            a[:, 40] = 1
+            assert torch.equal(multiply(a, weight, target), expected.expand(count, -1))
+    scale[0, 7, 1] = 255
+    nan = multiply(torch.ones(2, 96), weight, target).isnan()
+    size = formats.parse(name).block[0]
+    assert nan[:, 7 * size : 8 * size].all()
+    assert nan.sum() == 2 * size
+
+
+@pytest.mark.parametrize("name", ["mxfp4", "mxfp8"])
+def test_groups_far_apart(name: str, target: Target, seed: int) -> None:
+    """Groups of a row that differ by up to 2^100."""
+    random = Random(seed)
+    codes = random.integers(0, 16 if name == "mxfp4" else 0x7F, 1, 40, 600)
+    weight = weight_of(name, codes, random)
+    weight.scale.copy_(random.integers(60, 161, *weight.scale.shape))
+    truth = dequantized(weight)[0]
+    for dtype in DTYPES:
+        a = random.normal(7, 600, dtype=dtype)
+        bound = 2.0**-18 * (a.double().abs() @ truth.abs().mT)
+        assert ((multiply(a, weight, target).double() - a.double() @ truth.mT).abs() <= bound).all()
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@serial
+def test_accuracy(name: str, dtype: torch.dtype, target: Target, seed: int) -> None:
+    """Float32 sums of exact products: rounding errors of a random walk over what a lane adds up, and no more."""
+    random = Random(seed)
+    format = formats.parse(name)
+    weight = (Int4(format.group, zero_points=True) if isinstance(format, Int4) else format).quantize(
+        random.matrix(2, 97, 2080, dtype=torch.float32)
+    )
+    a, ends = random.normal(41, 2080, dtype=dtype), torch.tensor([3, 40])
+    truth = torch.zeros(41, 97, dtype=torch.float64)
+    dense = dequantized(weight)
+    truth[:3], truth[3:40] = a[:3].double() @ dense[0].mT, a[3:40].double() @ dense[1].mT
+    out = multiply(a, weight, target, ends)
+    assert relative_frobenius(out, truth) < 4e-7
+    assert not out[40].any()
+
+
+def cancelling(name: str, rows: int, N: int, D: int, dtype: torch.dtype, random: Random) -> tuple[Tensor, Weight]:
+    """Rows and a weight whose products are exactly zero, so that what comes out are rounding errors: every element of
+    the reduction has a partner with the same weight and the opposite factor."""
+    half = D // 2
+    codes = random.integers(0, CODES[family(name)], 1, N, half)
+    codes = codes.where((codes & 0x7F) != 0x7F, 0)
+    order = random.permutation(half)
+    weight = weight_of(name, torch.cat([codes, codes[..., order]], -1), random, same_scales=True)
+    a = random.normal(rows, half, dtype=dtype) * 2.0 ** random.integers(-6, 6, half).to(dtype)
+    return torch.cat([a, -a[:, order]], -1), weight
+
+
+@pytest.mark.declares("deterministic", "batch_invariant")
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_same_bits_in_any_batch_and_on_any_number_of_threads(
+    name: str, dtype: torch.dtype, target: Target, seed: int
+) -> None:
+    random = Random(seed)
+    T, N, D = 130, 45, 1334
+    a, weight = cancelling(name, T, N, D, dtype, random)
+    with target.active():
+        how = (weight.format, weight.scale, weight.zero)
+
+        def call(tokens: Tensor) -> Tensor:
+            ends = torch.tensor([len(tokens)])
+            rows = a[tokens]
+            return polymoe.grouped_mm(rows, weight.data.mT, ends, None, torch.float32, *how, backend=target.backend)
+
+        out = call(torch.arange(T))
+        assert (out != 0).double().mean() > 0.2, "the inputs do not show the order of a sum"
+        check_batch(call, T, random, name)
+        check_threads(lambda: call(torch.arange(T)), name)
+
+
+@pytest.mark.declares("deterministic")
+@pytest.mark.parametrize("name", NAMES)
+@serial
+def test_experts_is_the_composition_of_the_small_ops(name: str, target: Target, seed: int) -> None:
+    random = Random(seed)
+    options: dict[str, Any] = {"interleaved": True, "weight_placement": "input"} if random.integer(0, 2) else {}
+    T, H, I, E, K = 37, 193, 130, 3, 2
+    gate_up, down = (
+        formats.parse(name).quantize(random.matrix(E, *shape, dtype=torch.float32)) for shape in ((2 * I, H), (H, I))
+    )
+    ids, weights = random.integers(0, E + 1, T, K, dtype=torch.int32), random.weights(T, K)
+    biases = random.normal(E, 2 * I), random.normal(E, H)
+    interleaved, at_input = options.get("interleaved", False), options.get("weight_placement") == "input"
+    for dtype in DTYPES:
+        x = random.normal(T, H, dtype=dtype)
+        with target.active(), polymoe.use_backend(target.backend):
+            out = polymoe.experts(
+                x,
+                gate_up.data,
+                down.data,
+                weights,
+                ids,
+                "swiglu",
+                None,
+                None,
+                *biases,
+                weight_format=name,
+                gate_up_scale=gate_up.scale,
+                down_scale=down.scale,
+                **options,
+            )
+            p = polymoe.plan(ids, E)
+            rows, f32, ends = polymoe.dispatch(x, p, weights if at_input else None), torch.float32, p.offsets[1:]
+            h = polymoe.grouped_mm(rows, gate_up.data.mT, ends, biases[0], f32, name, gate_up.scale)
+            act = polymoe.activate(h, "swiglu", interleaved=interleaved, plan=p, out_dtype=dtype)
+            y = polymoe.grouped_mm(act, down.data.mT, ends, biases[1], f32, name, down.scale)
+            composed = polymoe.combine(y, p, None if at_input else weights, dtype)
+        assert_same_bits(out, composed, str(dtype))
+
+
+def test_fp8_scales_of_either_kind(target: Target, seed: int) -> None:
+    """Exponents in e8m0 are the same as in float32."""
+    random = Random(seed)
+    weight = Fp8Block(32, torch.float8_e8m0fnu).quantize(random.normal(1, 70, 100))
+    a = random.normal(6, 100)
+    same = Weight(weight.data, weight.scale.float(), None, weight.format, 70, 100)
+    assert_same_bits(multiply(a, weight, target), multiply(a, same, target), "scales in float32")
+
+
+def test_decoded_once_for_many_rows() -> None:
+    """The closed form that chooses between decoding in registers and into a panel."""
+    extension = pytest.importorskip("polymoe._C", reason="the C++ extension is not built")
+    assert [extension.decodes_once(rows, 4) for rows in (0, 1, 4, 5, 64)] == [False, False, False, True, True]
+    assert extension.decodes_once(3, 2)
