@@ -67,6 +67,7 @@ class OpSpec:
 
 OPS: dict[str, OpSpec] = {}  # what users call
 GRADIENT_OPS: dict[str, OpSpec] = {}  # of gradients alone; the reference serves what a backend leaves out
+COMPOSED_OPS: dict[str, OpSpec] = {}  # made of others on the backend of the call; no backend has kernels for them
 
 
 def spec_of(op: str) -> OpSpec:

@@ -18,7 +18,7 @@ from typing import Any, NoReturn, TypeVar
 import torch
 from torch import Tensor
 
-from polymoe.hal.problem import GRADIENT_OPS, OPS, OpSpec, Problem
+from polymoe.hal.problem import COMPOSED_OPS, GRADIENT_OPS, OPS, OpSpec, Problem
 from polymoe.hal.registry import get
 from polymoe.hal.select import choose, declined
 
@@ -49,6 +49,7 @@ def define_op(
     gradient: Gradient | None = None,
     specs: dict[str, OpSpec] = OPS,
     composed: Callable[..., Any] | None = None,
+    like: str = "",
 ) -> Callable[..., Any]:
     """Defines the op `polymoe::<name>` and returns the function that calls it.
 
@@ -59,12 +60,17 @@ def define_op(
     options    the string arguments that the choice of a backend may depend on, with their defaults
     gradient   of the op; without one its backward is an error
     specs      where the op is listed: among those that users call, or those that only gradients are made of
-    composed   of an op that only gradients are made of: the same on other ops of the backend that is its keyword, for
-               those that leave the op out; without it the reference serves them
+    composed   the same on other ops of the backend that is its keyword. For an op that only gradients are made of: used
+               where a backend leaves the op out; without it the reference serves. For one of COMPOSED_OPS: what it is
+    like       of one of COMPOSED_OPS: the op whose backend is chosen where none is named
     """
 
     def route(*args: Any, backend: str = "") -> Any:
         check(*args)
+        if specs is COMPOSED_OPS and composed is not None:
+            return composed(
+                *args, backend=backend or choose(*OPS[like].problem(args[0].device.type, args[0].dtype), None)
+            )
         if specs is GRADIENT_OPS and backend:
             problem = Problem(name, args[0].device.type, args[0].dtype, option_values(args))
             if declined(get(backend), problem) is not None:

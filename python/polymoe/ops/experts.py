@@ -9,6 +9,7 @@ from polymoe.ops._library import Gradient, define_op, public
 from polymoe.ops._weights import QUANTIZED, check_options, check_quantized
 from polymoe.ops.activate import KINDS, check_kind
 from polymoe.ops.experts_gradient import gradients, setup
+from polymoe.ops.experts_lora import experts_lora
 
 WEIGHT_PLACEMENTS = ("output", "activation", "input")
 UNQUANTIZED = ("plain", "packed")
@@ -195,6 +196,11 @@ def experts(
     gate_up_zero: Tensor | None = None,
     down_zero: Tensor | None = None,
     mode: str = "weight_only",
+    gate_up_lora_a: Tensor | None = None,
+    gate_up_lora_b: Tensor | None = None,
+    down_lora_a: Tensor | None = None,
+    down_lora_b: Tensor | None = None,
+    lora_scale: float = 1.0,
     *,
     recompute: bool = False,
     backend: str | None = None,
@@ -222,6 +228,11 @@ def experts(
         mode: how products with quantised weights are computed. "weight_only": x as it is; a weight counts as code times
             scale, without any rounding. "int8": what is multiplied is rounded once per token to 8-bit integers in
             groups of 32 with a scale each, for mxfp4, int8 and int4 weights; faster, and less accurate.
+        gate_up_lora_a, gate_up_lora_b: [E, r, H] and [E, 2I, r] ([E, I, r] ungated) of x's dtype, with any strides: an
+            adapter (LoRA), which adds lora_scale * b[e] @ a[e] to gate_up[e] of [2I, H], in its row order, before the
+            activation. down_lora_a, down_lora_b: [E, r, I] and [E, H, r], the same for down. Either pair alone will do.
+            gate_up, down and the biases are then frozen: they take no gradient. See polymoe.lora.
+        lora_scale: see there.
         recompute: save neither the pre-activation nor the plan for the gradient, but compute them once more: the same
             gradients, to the bit.
 
@@ -235,15 +246,17 @@ def experts(
             out = combine(y, p, weights, out_dtype=x.dtype)
 
         with the weights given to activate or dispatch instead for the other placements. A float64 x is computed in
-        float64 throughout.
+        float64 throughout. With adapters, h and y gain lora_scale * (rows @ a^T) @ b^T, where rows @ a^T is rounded to
+        x's dtype, and the sum is float32.
 
     Raises:
         ValueError: any other shape, dtype, device or option.
     """
     chosen = select("experts", x, (activation, weight_placement, weight_format, mode), backend)
-    tensors = (x, gate_up, down, weights, gate_up_bias, down_bias)
+    lora = (gate_up_lora_a, gate_up_lora_b, down_lora_a, down_lora_b)
+    tensors = (x, gate_up, down, weights, gate_up_bias, down_bias, *lora)
     save = not recompute and torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
-    out: Tensor = _experts(
+    arguments = (
         x,
         gate_up,
         down,
@@ -264,6 +277,9 @@ def experts(
         gate_up_zero,
         down_zero,
         mode,
-        backend=chosen,
-    )[0]
+    )
+    if any(part is not None for part in lora):
+        adapted: Tensor = experts_lora(*arguments, *lora, lora_scale, backend=chosen)[0]
+        return adapted
+    out: Tensor = _experts(*arguments, backend=chosen)[0]
     return out

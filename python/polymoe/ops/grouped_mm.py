@@ -10,6 +10,7 @@ from polymoe.ops import _check as check_that
 from polymoe.ops._library import Gradient, define_op, grad_dtype, public
 from polymoe.ops._weights import QUANTIZED, check_differentiable, check_options, check_quantized
 from polymoe.ops.grouped_mm_gradient import grouped_mm_dx
+from polymoe.ops.lora import check_adapter
 from polymoe.ops.quantized_backward import quantized_backward
 
 UNQUANTIZED = ("plain", "packed", "packed_gate_up")
@@ -171,6 +172,9 @@ def grouped_mm(
     scale: Tensor | None = None,
     zero: Tensor | None = None,
     mode: str = "weight_only",
+    lora_a: Tensor | None = None,
+    lora_b: Tensor | None = None,
+    lora_scale: float = 1.0,
     *,
     backend: str | None = None,
 ) -> Tensor:
@@ -194,6 +198,10 @@ def grouped_mm(
         scale, zero: scales and zero points as the format documents them; for quantised weights only.
         mode: for quantised weights, see polymoe.experts: "weight_only", or "int8" for rows of a rounded to 8-bit
             integers first.
+        lora_a, lora_b: [G, r, D] and [G, N, r] of a's dtype, with any strides, where rows of a are cut: an adapter,
+            which adds lora_scale * (a @ lora_a[g]^T) @ lora_b[g]^T. a @ lora_a^T is rounded to a's dtype; the sum with
+            the other product is float32, and rounded once.
+        lora_scale: see there.
 
     Returns:
         Contiguous. Sums are float32 (float64 for float64), the bias is added in float32, and the result is rounded
@@ -204,4 +212,16 @@ def grouped_mm(
         ValueError: any other shape, dtype, device; offsets as above.
     """
     chosen = select("grouped_mm", a, (weight_format, mode), backend)
-    return _grouped_mm(a, b, offs, bias, out_dtype, weight_format, scale, zero, mode, backend=chosen)
+    how = (weight_format, scale, zero, mode)
+    if lora_a is None and lora_b is None:
+        return _grouped_mm(a, b, offs, bias, out_dtype, *how, backend=chosen)
+    if a.dim() != 2 or b.dim() != 3:
+        check_that.fail("grouped_mm", "lora_a", "None unless rows of a are cut", check_that.describe(a))
+    check_adapter("grouped_mm", "", lora_a, lora_b, a, b.shape[0], b.shape[2], a.shape[1])
+    assert lora_a is not None
+    assert lora_b is not None
+    wide = torch.float64 if a.dtype == torch.float64 else torch.float32
+    low = _grouped_mm(a, lora_a.mT, offs, backend=chosen)
+    change = _grouped_mm(low, lora_b.mT, offs, None, wide, backend=chosen)
+    product = _grouped_mm(a, b, offs, bias, wide, *how, backend=chosen)
+    return (product + lora_scale * change).to(out_dtype or a.dtype)
