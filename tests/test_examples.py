@@ -22,7 +22,7 @@ def run(*arguments: str) -> str:
 
 
 def test_readme_has_its_snippets() -> None:
-    assert len(SNIPPETS) == 3
+    assert len(SNIPPETS) == 4
 
 
 @pytest.mark.parametrize("number", range(len(SNIPPETS)))
@@ -78,6 +78,17 @@ def test_transformers_dropin_from_a_checkpoint(
     out = capsys.readouterr().out
     check_dropin(out)
     assert "prefill of 4:" in out
+
+
+def test_quantized_checkpoint() -> None:
+    out = run("examples/quantized_checkpoint.py")
+    sizes = [int(size) for size in re.findall(r"(\d+) KiB", out)]
+    assert len(sizes) == 3
+    assert sizes[0] > sizes[1] > sizes[2]
+    errors = [float(error) for error in re.findall(r"logits off by (\S+),", out)]
+    assert 0 < errors[0] < errors[1] < 0.3
+    assert "fp8_block128" in out
+    assert "mxfp4" in out
 
 
 def test_demo_at_its_smallest() -> None:

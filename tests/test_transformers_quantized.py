@@ -163,6 +163,17 @@ def test_gradients_reach_behind_quantised_layers(tmp_path: Path) -> None:
     assert (found[0] - found[1]).norm() < 1e-3 * found[1].norm()
 
 
+def test_optimize_leaves_quantised_experts_alone(tmp_path: Path) -> None:
+    published.write(tmp_path, "deepseek_v4")
+    model = load(tmp_path, torch.bfloat16)
+    before = {name: raw(parameter).clone() for name, parameter in model.named_parameters()}
+    with pytest.raises(ValueError, match=r"polymoe\.optimize: model"):
+        polymoe.optimize(model)
+    for name, parameter in model.named_parameters():
+        assert_same_bits(raw(parameter), before.pop(name), name)
+    assert not before
+
+
 def test_disable_gives_the_stock_quantizers_back(tmp_path: Path) -> None:
     """Models that are loaded keep running."""
     published.write(tmp_path, "deepseek_v3")

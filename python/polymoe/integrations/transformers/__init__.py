@@ -20,6 +20,7 @@ from typing import NamedTuple, NoReturn
 
 import torch
 from torch import Tensor, nn
+from transformers.integrations.finegrained_fp8 import FP8Experts
 from transformers.integrations.moe import ExpertsInterface
 
 from polymoe import ops
@@ -95,6 +96,8 @@ def _packable(module: nn.Module) -> list[Packable]:
 
 def _selected(module: nn.Module) -> bool:
     config = getattr(module, "config", None)
+    if isinstance(module, FP8Experts):  # see polymoe.integrations.transformers.quantized
+        return False
     return hasattr(module, "_is_expert_parallel") and getattr(config, "_experts_implementation", None) == "polymoe"
 
 
