@@ -17,7 +17,7 @@ $(shell mkdir -p build; echo $(SOURCES) | cmp -s - $(LISTED) || echo $(SOURCES) 
 JUNK := *_cache .hypothesis dist build
 
 .DEFAULT_GOAL := help
-.PHONY: help setup build wheel demo docs-transformers test test-triton gpu-check test-slow lint format sanitize sanitize-address sanitize-thread clean
+.PHONY: help setup build wheel demo train docs-transformers test test-triton gpu-check test-slow lint format sanitize sanitize-address sanitize-thread clean
 .PHONY: bench peers report
 
 help: ## this list
@@ -51,6 +51,9 @@ wheel: $(DEPENDENCIES) ## a wheel for this Python and this torch minor version, 
 
 demo: setup ## DeepSeek-V4's experts on this CPU: Transformers' own paths against polymoe
 	$(PY) examples/demo_deepseek_v4.py
+
+train: setup ## a small MoE language model trained twice on this CPU, with eager experts and with polymoe's
+	$(PY) examples/train_tiny_moe.py
 
 docs-transformers: setup ## write docs/transformers.md: every Transformers family, and what becomes of its experts
 	PYTHONPATH=tests $(PY) -m zoo.table

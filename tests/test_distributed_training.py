@@ -1,0 +1,87 @@
+"""Data-parallel training of a layer on two processes: the step of one process that sees both halves of the batch."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import torch
+
+from polymoe.testing.tolerances import relative_frobenius
+
+PROGRAM = textwrap.dedent(
+    """
+    import os, sys
+    import torch, torch.distributed as dist
+    from torch.distributed.fsdp import fully_shard
+    from torch.nn.parallel import DistributedDataParallel
+    import polymoe.nn, polymoe.training
+
+    rank, ranks, folder, seed = int(sys.argv[1]), 2, sys.argv[2], int(sys.argv[3])
+    torch.set_num_threads(1)
+
+    class Block(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            router = polymoe.nn.Router(16, 8, 2, scoring="sigmoid", selection_bias=True, track_load=True)
+            self.moe = polymoe.nn.MoE(router, polymoe.nn.Experts(8, 16, 12), shared_intermediate_size=8)
+
+        def forward(self, x):
+            return x + self.moe(x)
+
+    def train(wrap, parts):
+        torch.manual_seed(seed)
+        model, whole = torch.nn.Sequential(Block(), Block()), torch.randn(24, 16)
+        model = wrap(model)
+        optimiser = torch.optim.SGD(model.parameters(), lr=0.1)
+        for step in range(3):
+            optimiser.zero_grad()
+            part = whole.roll(step, 0).chunk(parts)[rank if parts > 1 else 0]
+            model(part).square().mean().backward()
+            optimiser.step()
+            loads = polymoe.training.balance(model, 0.01)
+        found = {
+            name.removeprefix("module."): value.full_tensor() if hasattr(value, "full_tensor") else value
+            for name, value in model.state_dict().items()
+        }
+        return found | {"loads": torch.stack(list(loads.values()))}
+
+    def shard(model):
+        for block in model:
+            fully_shard(block)
+        return fully_shard(model)
+
+    found = {"alone": train(lambda model: model, 1)}
+    meet = "file://" + os.path.join(folder, "meet")
+    dist.init_process_group("gloo", init_method=meet, rank=rank, world_size=ranks)
+    found |= {"ddp": train(DistributedDataParallel, ranks), "fsdp2": train(shard, ranks)}
+    if rank == 0:
+        torch.save(found, os.path.join(folder, "found.pt"))
+    dist.barrier()
+    dist.destroy_process_group()
+    """
+)
+
+
+def test_two_processes_train_as_one(tmp_path: Path, seed: int) -> None:
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", PROGRAM, str(rank), str(tmp_path), str(seed)],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    for process in processes:
+        out, _ = process.communicate(timeout=240)
+        assert process.returncode == 0, out
+    found = torch.load(tmp_path / "found.pt")
+    for way in ("ddp", "fsdp2"):
+        assert found[way].keys() == found["alone"].keys()
+        assert torch.equal(found[way]["loads"], found["alone"]["loads"]), way
+        for name, value in found["alone"].items():
+            if value.is_floating_point():
+                assert relative_frobenius(found[way][name], value) <= 1e-5, f"{way}: {name}"
