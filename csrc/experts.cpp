@@ -103,7 +103,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> experts_c
     const std::optional<at::Tensor>& gate_up_zero, const std::optional<at::Tensor>& down_zero, c10::string_view mode,
     c10::string_view) {
   const bool quantized = is_quantized(weight_format);
-  if (quantized && (x.scalar_type() == at::kDouble || mode != "weight_only")) {
+  if (quantized && x.scalar_type() == at::kDouble) {
     static const auto routed = routed_op<decltype(experts_cpu)>("polymoe::experts");
     const at::AutoDispatchBelowADInplaceOrView below_autograd;
     return routed.call(x, gate_up, down, weights, ids, activation, alpha, limit, gate_up_bias, down_bias, transposed,
@@ -120,12 +120,12 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> experts_c
     POLYMOE_CHECK(!transposed, kOp, "transposed", c10::str("False for ", weight_format), "True");
     check_x(x);
     up_stored = check_quantized(kOp, {"gate_up", "gate_up_scale", "gate_up_zero"}, gate_up, gate_up_scale, gate_up_zero,
-                                weight_format, x.size(1));
+                                weight_format, mode, x.size(1));
     POLYMOE_CHECK(down.dim() == 3 && down.size(0) == up_stored->groups && down.size(1) == x.size(1), kOp, "down",
                   c10::str("a tensor [E=", up_stored->groups, ", H=", x.size(1), ", data of I]"), describe(down));
     const int64_t I = up_stored->rows / (is_gated(spec.kind) ? 2 : 1);
     down_stored =
-        check_quantized(kOp, {"down", "down_scale", "down_zero"}, down, down_scale, down_zero, weight_format, I);
+        check_quantized(kOp, {"down", "down_scale", "down_zero"}, down, down_scale, down_zero, weight_format, mode, I);
     format = up_stored->format;
   } else {
     const StoredAs stored = parse_weight_format(kOp, weight_format);

@@ -43,6 +43,7 @@ struct Layer {
   int64_t sum_size;           // bytes of an accumulator
   std::vector<Block> blocks;  // each is a panel in both phases
   char* activations;          // the panels of phase 2, in the order of the blocks
+  const char* rounded;        // every token's row of x, packed on its own, where packing rounds; else null
 
   int64_t activation_row_bytes() const { return Panel::row_bytes(gemm, args.intermediate); }
   char* activation_panel(const Block& block) const { return activations + block.begin * activation_row_bytes(); }
@@ -86,6 +87,11 @@ class GateUp {
     panel_ = scratch(Scratch::panel, panel.bytes());
     const int32_t* const slots = layer_.plan.row_slot + block.begin;
     const auto token = [&](int64_t r) { return args_.x + slots[r] / args_.slots * args_.x_stride; };
+    if (layer_.rounded) {
+      const int64_t packed = Panel::row_bytes(layer_.gemm, args_.hidden);
+      panel.copy(panel_, [&](int64_t r) { return layer_.rounded + slots[r] / args_.slots * packed; });
+      return;
+    }
     if (args_.placement != WeightPlacement::input) {
       panel.pack(panel_, 0, args_.hidden, token);
       return;
@@ -302,6 +308,21 @@ void for_blocks(const Layer& layer, const Columns& all, int64_t unit, int thread
   });
 }
 
+// Packs the rows of x, one by one.
+void round_tokens(const Layer& layer, char* out, int threads) {
+  constexpr int64_t kTokens = 4;
+  const ExpertsArguments& args = layer.args;
+  const int64_t row_bytes = Panel::row_bytes(layer.gemm, args.hidden);
+  DynamicTasks tokens(args.tokens);
+  parallel_region(int(std::min<int64_t>(threads, ceil_div(args.tokens, kTokens))), [&](int) {
+    for (Range range = tokens.next(kTokens); !range.empty(); range = tokens.next(kTokens))
+      for (int64_t t = range.begin; t < range.end; ++t) {
+        const char* const row = args.x + t * args.x_stride;
+        if (args.hidden > 0) layer.gemm.pack_rows(&row, 1, args.hidden, out + t * row_bytes);
+      }
+  });
+}
+
 void gate_up_phase(const Layer& layer, int threads) {
   // Whole steps, because a task packs its columns of the activation on its own, and whole panels of packed weights.
   const int64_t unit = std::max(layer.gemm.step, layer.gemm.columns);
@@ -342,13 +363,23 @@ void run_experts(const ExpertsArguments& args, const ChunkPlan& plan) {
                                ? Panel::row_bytes(gemm, kSlice)
                                : std::max(row_bytes, Panel::row_bytes(gemm, args.hidden));
 
-  Layer layer{args, plan, table, gemm, size_of(args.dtype), accumulator_size(args.dtype), {}, nullptr};
+  Layer layer{args, plan, table, gemm, size_of(args.dtype), accumulator_size(args.dtype), {}, nullptr, nullptr};
   layer.blocks = cut_rows(plan.offsets, args.experts, block_rows(resident, cache_sizes().l2));
-  std::unique_ptr<char, decltype(&std::free)> activations(
-      static_cast<char*>(std::aligned_alloc(64, size_t(ceil_div(total * row_bytes, 64) * 64 + 64))), std::free);
-  if (!activations) throw std::bad_alloc();
+  const auto memory = [](int64_t bytes) {
+    std::unique_ptr<char, decltype(&std::free)> found(
+        static_cast<char*>(std::aligned_alloc(64, size_t(ceil_div(bytes, 64) * 64 + 64))), std::free);
+    if (!found) throw std::bad_alloc();
+    return found;
+  };
+  const auto activations = memory(total * row_bytes);
   layer.activations = activations.get();
 
+  const bool once = rounds_to_int8(args.format) && args.placement != WeightPlacement::input;
+  const auto rounded = memory(once ? args.tokens * Panel::row_bytes(gemm, args.hidden) : 0);
+  if (once) {
+    round_tokens(layer, rounded.get(), threads);
+    layer.rounded = rounded.get();
+  }
   gate_up_phase(layer, threads);
   down_combine_phase(layer, threads);
 }

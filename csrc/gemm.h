@@ -5,6 +5,7 @@
 #include <ATen/core/Tensor.h>
 
 #include <cstdint>
+#include <cstring>
 #include <utility>
 
 #include "table.h"
@@ -67,6 +68,22 @@ class Panel {
       const int count = groups_.rows(group);
       for (int r = 0; r < count; ++r) rows[r] = row(first + r);
       kernel_.pack_rows(rows, count, d, panel + first * row_bytes_ + begin * count * kernel_.packed_size);
+    }
+  }
+
+  // Fills the panel with rows that were packed one by one; row(r) points to row r.
+  template <class Row>
+  void copy(char* panel, Row&& row) const {
+    const int64_t step_bytes = int64_t(kernel_.step) * kernel_.packed_size, steps = row_bytes_ / step_bytes;
+    for (int64_t group = 0; group < groups_.count; ++group) {
+      const int64_t first = groups_.first_row(group);
+      const int count = groups_.rows(group);
+      char* const out = panel + first * row_bytes_;
+      for (int r = 0; r < count; ++r) {
+        const char* const from = row(first + r);
+        for (int64_t s = 0; s < steps; ++s)
+          std::memcpy(out + (s * count + r) * step_bytes, from + s * step_bytes, size_t(step_bytes));
+      }
     }
   }
 

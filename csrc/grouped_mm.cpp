@@ -269,7 +269,7 @@ Arguments check(const at::Tensor& a, const at::Tensor& b, const std::optional<at
   std::optional<QuantizedWeight> quantized;
   if (is_quantized(weight_format)) {
     const at::Tensor data = b.dim() >= 2 ? b.transpose(-1, -2) : b;
-    quantized = check_quantized(kOp, {"b", "scale", "zero"}, data, scale, zero, weight_format, a.size(-1));
+    quantized = check_quantized(kOp, {"b", "scale", "zero"}, data, scale, zero, weight_format, mode, a.size(-1));
   } else {
     check_unquantized(kOp, weight_format, mode, {{"scale", scale}, {"zero", zero}});
     check_plain(a, b);
@@ -313,7 +313,7 @@ at::Tensor grouped_mm_cpu(const at::Tensor& a, const at::Tensor& b, const std::o
                           const std::optional<at::Tensor>& bias, std::optional<at::ScalarType> out_dtype,
                           c10::string_view weight_format, const std::optional<at::Tensor>& scale,
                           const std::optional<at::Tensor>& zero, c10::string_view mode, c10::string_view) {
-  if (is_quantized(weight_format) && (a.scalar_type() == at::kDouble || mode != "weight_only")) {
+  if (is_quantized(weight_format) && a.scalar_type() == at::kDouble) {
     static const auto routed = routed_op<decltype(grouped_mm_cpu)>("polymoe::grouped_mm");
     const at::AutoDispatchBelowADInplaceOrView below_autograd;
     return routed.call(a, b, offs, bias, out_dtype, weight_format, scale, zero, mode, "reference");

@@ -48,12 +48,29 @@ void check_dtypes(const char* op, const QuantizedNames& names, const Layout& lay
   }
 }
 
+// The kernels' format in this mode.
+WeightFormat kernel_for(const char* op, const Layout& layout, c10::string_view mode) {
+  if (mode == "weight_only") return layout.format;
+  POLYMOE_CHECK(mode == "int8", op, "mode", "'weight_only' or 'int8'", "'", mode, "'");
+  switch (layout.format) {
+    case WeightFormat::mxfp4:
+      return WeightFormat::mxfp4_by_int8;
+    case WeightFormat::int8:
+      return WeightFormat::int8_by_int8;
+    default:
+      POLYMOE_CHECK(layout.format == WeightFormat::int4, op, "mode", c10::str("'weight_only' for ", layout.name),
+                    "'int8'");
+      return WeightFormat::int4_by_int8;
+  }
+}
+
 }  // namespace
 
 QuantizedWeight check_quantized(const char* op, const QuantizedNames& names, const at::Tensor& data,
                                 const std::optional<at::Tensor>& scale, const std::optional<at::Tensor>& zero,
-                                c10::string_view weight_format, int64_t D) {
+                                c10::string_view weight_format, c10::string_view mode, int64_t D) {
   const Layout& layout = layout_of(op, weight_format);
+  const WeightFormat kernel = kernel_for(op, layout, mode);
   check_cpu(op, names.data, data);
   POLYMOE_CHECK(data.dim() == 3, op, names.data, c10::str("3 dimensions for ", weight_format), describe(data));
   POLYMOE_CHECK(scale.has_value(), op, names.scale, c10::str("the scales of ", weight_format), "None");
@@ -91,7 +108,7 @@ QuantizedWeight check_quantized(const char* op, const QuantizedNames& names, con
     matrix.zero = static_cast<const char*>(zero->const_data_ptr());
     matrix.zero_stride = along;
   }
-  return {layout.format, matrix, G, N, N * data.size(2), down * scale_row, N * along};
+  return {kernel, matrix, G, N, N * data.size(2), down * scale_row, N * along};
 }
 
 }  // namespace polymoe

@@ -35,6 +35,6 @@ struct QuantizedNames {
 // of D elements.
 QuantizedWeight check_quantized(const char* op, const QuantizedNames& names, const at::Tensor& data,
                                 const std::optional<at::Tensor>& scale, const std::optional<at::Tensor>& zero,
-                                c10::string_view weight_format, int64_t D);
+                                c10::string_view weight_format, c10::string_view mode, int64_t D);
 
 }  // namespace polymoe

@@ -11,6 +11,9 @@
   extern const GemmTable mxfp4_gemm_table;                        \
   extern const GemmTable int8_gemm_table;                         \
   extern const GemmTable int4_gemm_table;                         \
+  extern const GemmTable mxfp4_by_int8_gemm_table;                \
+  extern const GemmTable int8_by_int8_gemm_table;                 \
+  extern const GemmTable int4_by_int8_gemm_table;                 \
   extern const RowGemmTable row_gemm_table;                       \
   extern const ActivationTable activation_table;                  \
   extern const ActivationGradientTable activation_gradient_table; \
@@ -29,13 +32,14 @@ POLYMOE_LEVEL_TABLES(amx)
 namespace polymoe {
 namespace {
 
-#define POLYMOE_LEVEL_ENTRY(level)                                                                         \
-  {{&level::plain_gemm_table, &level::packed_gemm_table, &level::fp8_gemm_table, &level::mxfp8_gemm_table, \
-    &level::mxfp4_gemm_table, &level::int8_gemm_table, &level::int4_gemm_table},                           \
-   &level::row_gemm_table,                                                                                 \
-   &level::activation_table,                                                                               \
-   &level::activation_gradient_table,                                                                      \
-   &level::row_table,                                                                                      \
+#define POLYMOE_LEVEL_ENTRY(level)                                                                                \
+  {{&level::plain_gemm_table, &level::packed_gemm_table, &level::fp8_gemm_table, &level::mxfp8_gemm_table,        \
+    &level::mxfp4_gemm_table, &level::int8_gemm_table, &level::int4_gemm_table, &level::mxfp4_by_int8_gemm_table, \
+    &level::int8_by_int8_gemm_table, &level::int4_by_int8_gemm_table},                                            \
+   &level::row_gemm_table,                                                                                        \
+   &level::activation_table,                                                                                      \
+   &level::activation_gradient_table,                                                                             \
+   &level::row_table,                                                                                             \
    &level::score_table}
 
 // In the order of Isa. Other machines have the portable level alone, and isa.cpp lets no other become active.

@@ -12,7 +12,8 @@ from torch import Tensor
 import polymoe
 from polymoe import formats
 from polymoe.formats import Fp8Block, Int4, Weight
-from polymoe.formats.codes import pack_nibbles
+from polymoe.formats.codes import pack_nibbles, round_up_to_e8m0, to_e4m3
+from polymoe.ops._weights import INT8_FORMATS
 from polymoe.testing.cases import Random
 from polymoe.testing.conformance._run import op_threads, serial
 from polymoe.testing.conformance.bitwise import check_batch, check_threads
@@ -56,6 +57,10 @@ def multiply(a: Tensor, weight: Weight, target: Target, ends: Tensor | None = No
         return polymoe.grouped_mm(a, weight.data.mT, ends, None, torch.float32, *how, backend=target.backend, **options)
 
 
+# Every format in every mode that it has.
+MODES = [(name, "weight_only") for name in NAMES] + [(name, "int8") for name in INT8_FORMATS]
+
+
 def dequantized(weight: Weight) -> Tensor:
     return formats.parse(weight.format).dequantize(weight, torch.float64)
 
@@ -77,6 +82,80 @@ def test_every_code_in_every_place(name: str, D: int, target: Target, seed: int)
         for rows in (1, 2, 3, 4):
             some = random.permutation(D)[:rows]
             assert torch.equal(multiply(unit[some], weight, target), expected[some]), (dtype, rows)
+
+
+@pytest.mark.parametrize("name", INT8_FORMATS)
+@pytest.mark.parametrize("D", [70, 545])
+@serial
+def test_every_code_in_every_place_with_int8_activations(name: str, D: int, target: Target, seed: int) -> None:
+    """The same with 127 times the unit matrix, which 8-bit integers hold exactly; any number of columns."""
+    random, count = Random(seed), CODES[family(name)]
+    codes = (torch.arange(count + 3)[:, None] + torch.arange(D) * 3) % count
+    weight = weight_of(name, codes[None], random)
+    expected = (127 * dequantized(weight)[0].mT).float()
+    for dtype in DTYPES:
+        unit = 127 * torch.eye(D, dtype=dtype)
+        assert torch.equal(multiply(unit, weight, target, mode="int8"), expected), dtype
+        for rows in (1, 2, 5, 7):
+            some = random.permutation(D)[:rows]
+            assert torch.equal(multiply(unit[some], weight, target, mode="int8"), expected[some]), (dtype, rows)
+
+
+def test_int8_activations_that_are_not_finite(target: Target, seed: int) -> None:
+    """One such element makes its row NaN, and no other; zeros and the largest numbers stay what they are."""
+    random = Random(seed)
+    weight = weight_of("mxfp4", random.integers(0, 16, 1, 20, 96), random)
+    a = random.normal(7, 96)
+    a[1, 40], a[2, 95], a[3], a[4] = torch.inf, torch.nan, 0, 1e-44
+    out = multiply(a, weight, target, mode="int8")
+    assert out[1:3].isnan().all()
+    assert out[[0, 3, 4, 5, 6]].isfinite().all()
+    assert not out[3].any()
+    large = torch.full((1, 96), 3e38)
+    truth = large.double() @ dequantized(weight)[0].mT
+    weight.scale.fill_(60)  # 2^-67
+    small = large.double() @ dequantized(weight)[0].mT
+    assert relative_frobenius(multiply(large, weight, target, mode="int8"), small) < 1e-5, truth
+
+
+def published_activations(x: Tensor, powers_of_two: bool = True) -> Tensor:
+    """DeepSeek-V4's own rounding of activations: e4m3 in groups of 128, scale max(largest, 1e-4) / 448 rounded up to a
+    power of two."""
+    groups = x.unflatten(-1, (-1, 128))
+    scale = groups.abs().amax(-1, keepdim=True).clamp(min=1e-4) / 448
+    if powers_of_two:
+        scale = round_up_to_e8m0(scale).float()
+    return (to_e4m3(groups / scale).float() * scale).flatten(-2)
+
+
+@pytest.mark.parametrize("name", INT8_FORMATS)
+def test_int8_errs_less_than_the_published_rounding(name: str, target: Target, seed: int) -> None:
+    """On normal, heavy-tailed and outlier-channel rows. Not always: weights that are small where the rows are large
+    lose, and so may float32 scales win, as printed."""
+    random = Random(seed)
+    T, N, D = 48, 64, 1024
+    normal, dense = random.normal(T, D), random.matrix(1, N, D, dtype=torch.float32)
+    heavy = normal / (random.normal(3, T, D).square().mean(0)).sqrt()  # Student's t with 3 degrees of freedom
+    channels, outliers = random.permutation(D)[: D // 100], normal.clone()
+    outliers[:, channels] *= 30
+    shy = dense.clone()
+    shy[..., channels] /= 30
+    for what, x, weight, holds in (
+        ("normal", normal, dense, True),
+        ("heavy-tailed", heavy, dense, True),
+        ("outlier channels", outliers, dense, True),
+        ("outlier channels, small weights there", outliers, shy, False),
+    ):
+        stored = formats.parse(name).quantize(weight)
+        numbers = dequantized(stored)[0].mT
+        truth = x.double() @ numbers
+        ours = relative_frobenius(multiply(x, stored, target, mode="int8"), truth)
+        theirs, in_float = (
+            relative_frobenius(published_activations(x, exponents).double() @ numbers, truth)
+            for exponents in (True, False)
+        )
+        print(f"{name} {what}: int8 {ours:.4f}, e4m3 {theirs:.4f}, with float32 scales {in_float:.4f}")
+        assert ours <= theirs or not holds, what
 
 
 @pytest.mark.parametrize("name", ["fp8_block32", "fp8_block128", "mxfp8"])
@@ -129,7 +208,7 @@ def test_groups_far_apart(name: str, target: Target, seed: int) -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
 @serial
 def test_accuracy(name: str, dtype: torch.dtype, target: Target, seed: int) -> None:
     """Float32 sums of exact products: rounding errors of a random walk over what a lane adds up, and no more."""
@@ -160,16 +239,16 @@ def cancelling(name: str, rows: int, N: int, D: int, dtype: torch.dtype, random:
 
 
 @pytest.mark.declares("deterministic", "batch_invariant")
-@pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("name", "mode"), MODES)
+@pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)  # float16 has the kernel of float32
 def test_same_bits_in_any_batch_and_on_any_number_of_threads(
-    name: str, dtype: torch.dtype, target: Target, seed: int
+    name: str, mode: str, dtype: torch.dtype, target: Target, seed: int
 ) -> None:
     random = Random(seed)
     T, N, D = 130, 45, 1334
     a, weight = cancelling(name, T, N, D, dtype, random)
     with target.active():
-        how = (weight.format, weight.scale, weight.zero)
+        how = (weight.format, weight.scale, weight.zero, mode)
 
         def call(tokens: Tensor) -> Tensor:
             ends = torch.tensor([len(tokens)])
@@ -183,9 +262,9 @@ def test_same_bits_in_any_batch_and_on_any_number_of_threads(
 
 
 @pytest.mark.declares("deterministic")
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(("name", "mode"), MODES)
 @serial
-def test_experts_is_the_composition_of_the_small_ops(name: str, target: Target, seed: int) -> None:
+def test_experts_is_the_composition_of_the_small_ops(name: str, mode: str, target: Target, seed: int) -> None:
     random = Random(seed)
     options: dict[str, Any] = {"interleaved": True, "weight_placement": "input"} if random.integer(0, 2) else {}
     T, H, I, E, K = 37, 193, 130, 3, 2
@@ -209,15 +288,16 @@ def test_experts_is_the_composition_of_the_small_ops(name: str, target: Target, 
                 None,
                 *biases,
                 weight_format=name,
+                mode=mode,
                 gate_up_scale=gate_up.scale,
                 down_scale=down.scale,
                 **options,
             )
             p = polymoe.plan(ids, E)
             rows, f32, ends = polymoe.dispatch(x, p, weights if at_input else None), torch.float32, p.offsets[1:]
-            h = polymoe.grouped_mm(rows, gate_up.data.mT, ends, biases[0], f32, name, gate_up.scale)
+            h = polymoe.grouped_mm(rows, gate_up.data.mT, ends, biases[0], f32, name, gate_up.scale, None, mode)
             act = polymoe.activate(h, "swiglu", interleaved=interleaved, plan=p, out_dtype=dtype)
-            y = polymoe.grouped_mm(act, down.data.mT, ends, biases[1], f32, name, down.scale)
+            y = polymoe.grouped_mm(act, down.data.mT, ends, biases[1], f32, name, down.scale, None, mode)
             composed = polymoe.combine(y, p, None if at_input else weights, dtype)
         assert_same_bits(out, composed, str(dtype))
 

@@ -393,8 +393,8 @@ void pack_right(const char* const* rows, int64_t count, int64_t d, char* out) {
 
 }  // namespace
 
-const GemmKernel plain_bf16 = {kStep, sizeof(bf16), kMaxRows, 1, pack_right, multiply_plain};
-const GemmKernel packed_bf16 = {kStep, sizeof(bf16), kMaxRows, int(kPanel), pack_left, multiply_packed};
+const GemmKernel plain_bf16 = {kStep, sizeof(bf16), kMaxRows, 1, pack_right, multiply_plain, nullptr};
+const GemmKernel packed_bf16 = {kStep, sizeof(bf16), kMaxRows, int(kPanel), pack_left, multiply_packed, nullptr};
 
 }  // namespace polymoe::POLYMOE_LEVEL
 #endif

@@ -14,9 +14,22 @@
 namespace polymoe {
 
 // plain: rows along the reduction, as nn.Linear stores them. packed: panels of kPanel columns (rows of W). Then the
-// families of quantised formats, rows along the reduction too.
-enum class WeightFormat : int { plain, packed, fp8, mxfp8, mxfp4, int8, int4 };
-constexpr int kWeightFormats = 7;
+// families of quantised formats, rows along the reduction too; last those whose kernels round A to 8-bit integers.
+enum class WeightFormat : int {
+  plain,
+  packed,
+  fp8,
+  mxfp8,
+  mxfp4,
+  int8,
+  int4,
+  mxfp4_by_int8,
+  int8_by_int8,
+  int4_by_int8
+};
+constexpr int kWeightFormats = 10;
+
+constexpr bool rounds_to_int8(WeightFormat format) { return format >= WeightFormat::mxfp4_by_int8; }
 
 // A packed matrix [N, D] is N / kPanel panels and one of the N % kPanel columns left, all without padding. In a panel
 // of c columns step s of the reduction is c * step elements: column by column, `step` elements each. Where D is no

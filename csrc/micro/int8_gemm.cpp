@@ -1,0 +1,353 @@
+// The matmul microkernel for the mode "int8": rows of A are rounded to 8-bit integers, every group of 32 with a scale,
+// and multiplied with weights that are small integers times a scale: 2 * e2m1, int8, int4.
+//
+// Weights are decoded into a panel first, where the lanes of a vector are columns and four elements of the reduction
+// lie side by side, as the dot product of bytes takes them. One factor of it is unsigned, so a panel holds the code
+// plus `offset`, and the offset times the sum of the group's integers is taken away again. Sums over a group are
+// integers and therefore exact, in whatever order; then, group after group,
+//
+//   total += (sum - offset * sum of a) * scale of the weights * scale of a
+#include "../formats/quantized.h"
+#include "gemm_kernel.h"
+
+namespace polymoe::POLYMOE_LEVEL {
+namespace {
+
+constexpr int64_t kGroup = 32;
+constexpr int kVectors = 2;  // of columns in a tile
+constexpr int kLanes = VF::width, kColumns = kVectors * kLanes;
+constexpr int64_t kDeep = 4 * kLanes;  // elements of the reduction that are decoded at a time
+
+#if defined(POLYMOE_LEVEL_AVX512) || defined(POLYMOE_LEVEL_AVX512_BF16)
+constexpr int kMaxRows = 6;
+#else
+constexpr int kMaxRows = 2;
+#endif
+
+// A group of a row of A.
+struct Group {
+  int8_t code[kGroup];
+  float scale, sum;  // of the codes
+  char unused[24];   // a cache line in all
+};
+static_assert(sizeof(Group) == 64);
+
+// --- bytes -----------------------------------------------------------------------------------------------------------
+
+#if defined(POLYMOE_LEVEL_AVX512) || defined(POLYMOE_LEVEL_AVX512_BF16)
+
+using Bytes = __m512i;
+inline Bytes zero_bytes() { return _mm512_setzero_si512(); }
+inline Bytes load_bytes(const char* p) { return _mm512_loadu_si512(p); }
+inline VF to_float(Bytes x) { return {_mm512_cvtepi32_ps(x)}; }
+inline VF as_floats(Bytes x) { return {_mm512_castsi512_ps(x)}; }
+inline Bytes nibbles(const char* p) {  // 4-bit codes in order
+  const __m512i v = _mm512_cvtepu8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+  return _mm512_and_si512(_mm512_or_si512(v, _mm512_slli_epi16(v, 4)), _mm512_set1_epi8(15));
+}
+inline Bytes look_up(__m128i table, Bytes index) { return _mm512_shuffle_epi8(_mm512_broadcast_i32x4(table), index); }
+inline Bytes flip_sign(Bytes x) { return _mm512_xor_si512(x, _mm512_set1_epi8(char(0x80))); }
+#if defined(POLYMOE_LEVEL_AVX512_BF16)
+inline Bytes dot(Bytes acc, Bytes w, int32_t a) { return _mm512_dpbusd_epi32(acc, w, _mm512_set1_epi32(a)); }
+#else
+inline Bytes dot(Bytes acc, Bytes w, int32_t a) {
+  const __m512i x = _mm512_set1_epi32(a), low = _mm512_set1_epi16(0xff);
+  const __m512i even = _mm512_madd_epi16(_mm512_and_si512(w, low), _mm512_srai_epi16(_mm512_slli_epi16(x, 8), 8));
+  const __m512i odd = _mm512_madd_epi16(_mm512_srli_epi16(w, 8), _mm512_srai_epi16(x, 8));
+  return _mm512_add_epi32(acc, _mm512_add_epi32(even, odd));
+}
+#endif
+
+#elif defined(POLYMOE_LEVEL_AVX2)
+
+using Bytes = __m256i;
+inline Bytes zero_bytes() { return _mm256_setzero_si256(); }
+inline Bytes load_bytes(const char* p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)); }
+inline VF to_float(Bytes x) { return {_mm256_cvtepi32_ps(x)}; }
+inline VF as_floats(Bytes x) { return {_mm256_castsi256_ps(x)}; }
+inline Bytes nibbles(const char* p) {
+  const __m256i v = _mm256_cvtepu8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+  return _mm256_and_si256(_mm256_or_si256(v, _mm256_slli_epi16(v, 4)), _mm256_set1_epi8(15));
+}
+inline Bytes look_up(__m128i table, Bytes index) {
+  return _mm256_shuffle_epi8(_mm256_broadcastsi128_si256(table), index);
+}
+inline Bytes flip_sign(Bytes x) { return _mm256_xor_si256(x, _mm256_set1_epi8(char(0x80))); }
+inline Bytes dot(Bytes acc, Bytes w, int32_t a) {
+  const __m256i x = _mm256_set1_epi32(a), low = _mm256_set1_epi16(0xff);
+  const __m256i even = _mm256_madd_epi16(_mm256_and_si256(w, low), _mm256_srai_epi16(_mm256_slli_epi16(x, 8), 8));
+  const __m256i odd = _mm256_madd_epi16(_mm256_srli_epi16(w, 8), _mm256_srai_epi16(x, 8));
+  return _mm256_add_epi32(acc, _mm256_add_epi32(even, odd));
+}
+
+#else
+
+struct Bytes {
+  uint32_t v[kLanes];  // four bytes each
+};
+inline Bytes zero_bytes() { return {}; }
+inline Bytes load_bytes(const char* p) {
+  Bytes r;
+  __builtin_memcpy(r.v, p, sizeof r.v);
+  return r;
+}
+inline VF to_float(Bytes x) {
+  return map<float, kLanes>([&](int i) { return float(int32_t(x.v[i])); });
+}
+inline VF as_floats(Bytes x) {
+  return map<float, kLanes>([&](int i) { return bits_float(x.v[i]); });
+}
+template <class F>
+inline Bytes of_bytes(F f) {
+  uint8_t b[4 * kLanes];
+  for (int i = 0; i < 4 * kLanes; ++i) b[i] = uint8_t(f(i));
+  return load_bytes(reinterpret_cast<const char*>(b));
+}
+inline Bytes nibbles(const char* p) {
+  return of_bytes([&](int i) { return i % 2 ? uint8_t(p[i / 2]) >> 4 : uint8_t(p[i / 2]) & 15; });
+}
+inline Bytes flip_sign(Bytes x) {
+  for (uint32_t& v : x.v) v ^= 0x80808080u;
+  return x;
+}
+inline Bytes dot(Bytes acc, Bytes w, int32_t a) {
+  for (int i = 0; i < kLanes; ++i)
+    for (int k = 0; k < 32; k += 8)
+      acc.v[i] += uint32_t(int32_t(w.v[i] >> k & 255) * int32_t(int8_t(uint8_t(uint32_t(a) >> k))));
+  return acc;
+}
+
+#endif
+
+// A vector of columns, lane by lane, of each of kLanes runs of four elements of the reduction: transposes 32-bit lanes.
+inline void store_transposed(Bytes (&rows)[kLanes], char* out) {
+  VF v[kLanes];
+  for (int i = 0; i < kLanes; ++i) v[i] = as_floats(rows[i]);
+#if defined(POLYMOE_LEVEL_PORTABLE)
+  for (int i = 0; i < kLanes; ++i)
+    for (int j = 0; j < kLanes; ++j) __builtin_memcpy(out + (i * kColumns + j) * 4, &v[j].v[i], 4);
+#else
+  transpose(v);
+  for (int i = 0; i < kLanes; ++i) store(reinterpret_cast<float*>(out + i * kColumns * 4), v[i]);
+#endif
+}
+
+// --- weights: kDeep elements as unsigned bytes, each the code plus `offset` ------------------------------------------
+
+struct E2m1Codes {  // twice the value
+  static constexpr int bits = 4, offset = 12;
+  static constexpr float unit = 0.5f;
+  static Bytes load(const char* p) {
+#if defined(POLYMOE_LEVEL_PORTABLE)
+    constexpr uint8_t table[16] = {12, 13, 14, 15, 16, 18, 20, 24, 12, 11, 10, 9, 8, 6, 4, 0};
+    return of_bytes([&](int i) { return table[i % 2 ? uint8_t(p[i / 2]) >> 4 : uint8_t(p[i / 2]) & 15]; });
+#else
+    return look_up(_mm_setr_epi8(12, 13, 14, 15, 16, 18, 20, 24, 12, 11, 10, 9, 8, 6, 4, 0), nibbles(p));
+#endif
+  }
+};
+struct Int8Codes {
+  static constexpr int bits = 8, offset = 128;
+  static constexpr float unit = 1;
+  static Bytes load(const char* p) { return flip_sign(load_bytes(p)); }
+};
+struct Int4Codes {
+  static constexpr int bits = 4, offset = 8;  // or the zero point
+  static constexpr float unit = 1;
+  static Bytes load(const char* p) { return nibbles(p); }
+};
+
+float from_e8m0(uint8_t code) { return bits_float(code == 255 ? 0x7fc00000u : code == 0 ? 1u << 22 : code << 23); }
+
+// Places in the workspace for kColumns columns of d elements.
+struct Space {
+  int64_t deep, groups;  // elements in whole decoded pieces; groups
+  explicit Space(int64_t d) : deep((d + kDeep - 1) / kDeep * kDeep), groups((d + kGroup - 1) / kGroup) {}
+  int64_t bytes() const { return deep * kColumns + 2 * groups * kColumns * 4; }
+  char* panel(char* base) const { return base; }
+  float* scale(char* base) const { return reinterpret_cast<float*>(base + deep * kColumns); }
+  float* offset(char* base) const { return scale(base) + groups * kColumns; }
+};
+
+int64_t matrix_row(const Weights& w, int64_t j) {
+  return j < w.split ? w.first_row + j * w.row_step : w.second_row + (j - w.split) * w.row_step;
+}
+
+// Decodes one vector of columns; columns past `count` repeat the last one.
+template <class C>
+void decode_columns(const Weights& w, int64_t j0, int count, int64_t d, char* panel) {
+  const QuantizedMatrix& m = *w.matrix;
+  const char* rows[kLanes];
+  for (int j = 0; j < kLanes; ++j) rows[j] = m.data + matrix_row(w, j0 + (j < count ? j : count - 1)) * m.data_stride;
+  for (int64_t k = 0; k < d; k += kDeep) {
+    Bytes codes[kLanes];
+    if (k + kDeep <= d) {
+      for (int j = 0; j < kLanes; ++j) {
+        __builtin_prefetch(rows[j] + (k + 8 * kDeep) * C::bits / 8, 0, 3);
+        codes[j] = C::load(rows[j] + k * C::bits / 8);
+      }
+    } else {
+      for (int j = 0; j < kLanes; ++j) {
+        char last[kDeep] = {};
+        __builtin_memcpy(last, rows[j] + k * C::bits / 8, size_t((d - k) * C::bits + 7) / 8);
+        codes[j] = C::load(last);
+      }
+    }
+    store_transposed(codes, panel + k * kColumns);
+  }
+}
+
+// Scales and offsets of a column by group.
+template <class C>
+void prepare_column(const QuantizedMatrix& m, int64_t n, int64_t groups, float* scale, float* offset) {
+  const char* const scales = m.scale + n / m.scale_rows * m.scale_stride;
+  for (int64_t g = 0; g < groups; ++g) {
+    const int64_t at = m.scale_columns == 0 ? 0 : g * kGroup / m.scale_columns;
+    float value;
+    if (m.exponents)
+      value = from_e8m0(uint8_t(scales[at]));
+    else
+      __builtin_memcpy(&value, scales + at * 4, 4);
+    scale[g * kColumns] = value * C::unit;
+    offset[g * kColumns] = m.zero ? float(uint8_t(m.zero[n * m.zero_stride + at])) : float(C::offset);
+  }
+}
+
+// --- the product -----------------------------------------------------------------------------------------------------
+
+template <int ROWS>
+void tile(const Group* a, const char* panel, const float* scale, const float* offset, int64_t groups, float* c,
+          int64_t ldc, int64_t columns) {
+  VF total[ROWS * kVectors];
+#pragma GCC unroll 16
+  for (VF& v : total) v = set<VF>(0);
+  for (int64_t g = 0; g < groups; ++g, a += ROWS) {
+    Bytes acc[ROWS * kVectors];
+#pragma GCC unroll 16
+    for (Bytes& v : acc) v = zero_bytes();
+#pragma GCC unroll 2
+    for (int k = 0; k < int(kGroup); k += 4, panel += 4 * kColumns) {
+      Bytes w[kVectors];
+#pragma GCC unroll 2
+      for (int v = 0; v < kVectors; ++v) w[v] = load_bytes(panel + v * 4 * kLanes);
+#pragma GCC unroll 8
+      for (int i = 0; i < ROWS; ++i) {
+        int32_t four;
+        __builtin_memcpy(&four, a[i].code + k, 4);
+#pragma GCC unroll 2
+        for (int v = 0; v < kVectors; ++v) acc[i * kVectors + v] = dot(acc[i * kVectors + v], w[v], four);
+      }
+    }
+#pragma GCC unroll 2
+    for (int v = 0; v < kVectors; ++v) {
+      const VF scales = load<VF>(scale + g * kColumns + v * kLanes),
+               offsets = load<VF>(offset + g * kColumns + v * kLanes);
+#pragma GCC unroll 8
+      for (int i = 0; i < ROWS; ++i) {
+        VF& sum = total[i * kVectors + v];
+        // Integers below 2^24: exact.
+        const VF exact = fma(offsets, set<VF>(-a[i].sum), to_float(acc[i * kVectors + v]));
+        sum = fma(exact * scales, set<VF>(a[i].scale), sum);
+      }
+    }
+  }
+  for (int i = 0; i < ROWS; ++i)
+    for (int v = 0; v < kVectors; ++v) {
+      const int64_t left = columns - v * kLanes;
+      float* const out = c + i * ldc + v * kLanes;
+      if (left >= kLanes)
+        store(out, total[i * kVectors + v]);
+      else if (left > 0)
+        store_n(out, total[i * kVectors + v], int(left));
+    }
+}
+
+using Tile = void (*)(const Group*, const char*, const float*, const float*, int64_t, float*, int64_t, int64_t);
+
+Tile tile_of(int rows) {
+  static constexpr Tile tiles[] = {tile<1>, tile<2>,
+#if defined(POLYMOE_LEVEL_AVX512) || defined(POLYMOE_LEVEL_AVX512_BF16)
+                                   tile<3>, tile<4>, tile<5>,
+                                   tile<6>
+#endif
+  };
+  return tiles[rows - 1];
+}
+
+template <class C>
+void multiply(const char* a, int64_t m, const Weights& w, int64_t n, int64_t d, void* c, int64_t ldc) {
+  const RowGroups groups(m, kMaxRows);
+  const Space space(d);
+  char* const panel = space.panel(w.workspace);
+  float* const scale = space.scale(w.workspace);
+  float* const offset = space.offset(w.workspace);
+  const Group* const rows = reinterpret_cast<const Group*>(a);
+  for (int64_t j0 = 0; j0 < n && m > 0; j0 += kColumns) {
+    const int64_t columns = n - j0 < kColumns ? n - j0 : kColumns;
+    for (int v = 0; v < kVectors && v * kLanes < columns; ++v) {
+      const int64_t left = columns - v * kLanes;
+      decode_columns<C>(w, j0 + v * kLanes, int(left < kLanes ? left : kLanes), d, panel + v * 4 * kLanes);
+    }
+    for (int j = 0; j < kColumns; ++j)
+      prepare_column<C>(*w.matrix, matrix_row(w, j0 + (j < columns ? j : columns - 1)), space.groups, scale + j,
+                        offset + j);
+    for (int64_t group = 0; group < groups.count; ++group) {
+      const int64_t first = groups.first_row(group);
+      tile_of(groups.rows(group))(rows + first * space.groups, panel, scale, offset, space.groups,
+                                  static_cast<float*>(c) + first * ldc + j0, ldc, columns);
+    }
+  }
+}
+
+// Scale and codes of 32 numbers: see polymoe/reference/_quantized.py.
+void round_group(const float* x, Group& out) {
+  uint32_t largest_bits = 0;
+  for (int i = 0; i < kGroup; ++i) {
+    const uint32_t bits = float_bits(x[i]) & 0x7fffffffu;
+    largest_bits = bits > largest_bits ? bits : largest_bits;
+  }
+  const bool finite = largest_bits < 0x7f800000u;
+  const float largest = bits_float(largest_bits), usable = !finite ? 1 : largest > 0x1p-119f ? largest : 0x1p-119f;
+  const float factor = finite ? 127 / usable : 0;
+  int32_t codes[kGroup], sum = 0;
+  for (int i = 0; i < kGroup; ++i) {
+    // Adding 1.5 * 2^23 rounds to an integer, ties to even, which are then the low bits.
+    codes[i] = int32_t(float_bits((finite ? x[i] * factor : 0) + 0x1.8p23f) - float_bits(0x1.8p23f));
+    sum += codes[i];
+  }
+  for (int i = 0; i < kGroup; ++i) out.code[i] = int8_t(codes[i]);
+  out.scale = finite ? usable / 127 : bits_float(0x7fc00000u);
+  out.sum = float(sum);
+}
+
+template <class T>
+void pack_rows(const char* const* rows, int64_t count, int64_t d, char* out) {
+  Group* const groups = reinterpret_cast<Group*>(out);
+  for (int64_t r = 0; r < count; ++r)
+    for (int64_t begin = 0; begin < d; begin += kGroup) {
+      const T* const from = reinterpret_cast<const T*>(rows[r]) + begin;
+      float x[kGroup] = {};
+      if (begin + kGroup <= d)
+        for (int i = 0; i < kGroup; i += kLanes) store(x + i, load<VF>(from + i));
+      else
+        for (int i = 0; i < d - begin; ++i) x[i] = widen(from[i]);
+      round_group(x, groups[begin / kGroup * count + r]);
+    }
+}
+
+int64_t workspace(int64_t d) { return Space(d).bytes(); }
+
+template <class C, class T>
+constexpr GemmKernel kernel = {kGroup, sizeof(Group) / kGroup, kMaxRows, 1, pack_rows<T>, multiply<C>, workspace};
+
+template <class C>
+constexpr GemmTable table = {{&kernel<C, float>, &kernel<C, bf16>, &kernel<C, f16>, nullptr}};
+
+}  // namespace
+
+extern const GemmTable mxfp4_by_int8_gemm_table, int8_by_int8_gemm_table, int4_by_int8_gemm_table;
+const GemmTable mxfp4_by_int8_gemm_table = table<E2m1Codes>;
+const GemmTable int8_by_int8_gemm_table = table<Int8Codes>;
+const GemmTable int4_by_int8_gemm_table = table<Int4Codes>;
+
+}  // namespace polymoe::POLYMOE_LEVEL
