@@ -16,7 +16,19 @@ from typing import Any
 import pytest
 import torch
 from benchmarks import __main__ as command
-from benchmarks import _harness, _timing, bench_select, bounds, compare, contenders, inputs, plots, report, requirements
+from benchmarks import (
+    _harness,
+    _timing,
+    bench_quantized,
+    bench_select,
+    bounds,
+    compare,
+    contenders,
+    inputs,
+    plots,
+    report,
+    requirements,
+)
 from benchmarks._harness import Bench, Case, Contender
 from benchmarks._report import Result, Row, table
 from benchmarks._timing import Effort, OtherCpuUse, interleave
@@ -84,6 +96,13 @@ def test_a_lower_level_runs_with_torch_limited_alike(capsys: pytest.CaptureFixtu
     assert rows[0].torch_isa == "DEFAULT"
     assert rows[1].torch_isa == torch.backends.cpu.get_cpu_capability()
     assert device.isa_level() == BEST
+
+
+def test_quantised_weights(capsys):
+    arguments = ["--shapes", "tiny", "--tokens", "3", "--formats", "mxfp4", "--threads", "1", "--quick"]
+    assert bench_quantized.main(arguments) == 0
+    printed = capsys.readouterr().out
+    assert all(f"| tiny | 3 | {name} |" in printed for name in ("bf16", "mxfp4", "mxfp4, int8"))
 
 
 def test_backend_selection_is_measured(capsys: pytest.CaptureFixture[str]) -> None:
