@@ -55,16 +55,18 @@ def trainable(
 
 
 def assert_gradients_agree(
-    found: dict[str, Tensor], expected: dict[str, Tensor], bound: float, few: float = 1e-6
+    found: dict[str, Tensor], expected: dict[str, Tensor], bound: float, eager: dict[str, Tensor] | None = None
 ) -> None:
     """Parameter by parameter, relative to its own gradient, or to a millionth of the largest where that is nothing but
-    rounding."""
+    rounding. Some models make much of the rounding of their experts: as far off as `eager` is, threefold, will do."""
     assert found.keys() == expected.keys()
     assert any("experts" in name for name in found)
     largest = max(float(grad.norm()) for grad in expected.values())
     for name, grad in expected.items():
-        scale = max(float(grad.norm()), few * largest)
-        assert float((found[name] - grad).norm()) <= bound * scale, name
+        allowed = bound * max(float(grad.norm()), 1e-6 * largest)
+        if eager is not None:
+            allowed += 3 * float((eager[name] - grad).norm())
+        assert float((found[name] - grad).norm()) <= allowed, name
 
 
 @pytest.mark.parametrize("checkpointed", [False, True], ids=["", "checkpointed"])
@@ -79,38 +81,44 @@ def test_gradients_are_those_of_eager(family: str, checkpointed: bool, seed: int
     assert_gradients_agree(gradients(model, inputs, "polymoe"), expected, 1e-4)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(("family", "model_class"), PARTS, ids=lambda value: getattr(value, "__name__", value))
 def test_every_family(family: str, model_class: type[PreTrainedModel], seed: int) -> None:
     torch.manual_seed(seed)
     model, inputs = trainable(family, model_class)
-    expected = gradients(model, inputs, "eager")
-    assert_gradients_agree(gradients(model, inputs, "polymoe"), expected, 2e-4)
+    truth = gradients(model, inputs, "float64")
+    eager = gradients(model, inputs, "eager")
+    assert_gradients_agree(gradients(model, inputs, "polymoe"), truth, 1e-4, eager)
 
 
-@pytest.mark.parametrize("family", ["qwen3_moe", "deepseek_v3"])
-def test_autocast(family: str, seed: int) -> None:
-    """bfloat16 experts and float32 routing weights: as far from float32 as eager's own, at most."""
-    torch.manual_seed(seed)
-    for _ in range(40):  # until rounding to bfloat16 moves no token to another expert
+def stable_in_bfloat16(family: str) -> tuple[PreTrainedModel, dict[str, Tensor]]:
+    """A model and inputs for which rounding to bfloat16 moves no token to another expert."""
+    for _ in range(60):
         model, _ = trainable(family)
         inputs = random_inputs(model, batch=1, length=6)
         routed = [run(model, "eager", inputs)[1]]
         with torch.autocast("cpu", torch.bfloat16):
             routed += [run(model, implementation, inputs)[1] for implementation in ("eager", "polymoe")]
         if same_experts(routed):
-            break
-    else:
-        raise AssertionError("rounding to bfloat16 changes the choice of experts in every draw")
-    truth = gradients(model, inputs, "eager")
-    with torch.autocast("cpu", torch.bfloat16):
-        eager, ours = (gradients(model, inputs, implementation) for implementation in ("eager", "polymoe"))
-    for name in truth:
-        if "experts" in name:
-            assert ours[name].dtype == torch.float32  # that of the parameter
-            assert relative_frobenius(ours[name], truth[name]) <= 1.2 * relative_frobenius(eager[name], truth[name]), (
-                name
-            )
+            return model, inputs
+    raise AssertionError("rounding to bfloat16 changes the choice of experts in every draw")
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe", "deepseek_v3"])
+def test_autocast(family: str, seed: int) -> None:
+    """bfloat16 experts and float32 routing weights: as far from float32 as eager's own, at most, over a few draws."""
+    torch.manual_seed(seed)
+    errors = {"eager": 0.0, "polymoe": 0.0}
+    for _ in range(5):
+        model, inputs = stable_in_bfloat16(family)
+        truth = gradients(model, inputs, "eager")
+        names = [name for name in truth if "experts" in name]
+        for implementation in errors:
+            with torch.autocast("cpu", torch.bfloat16):
+                found = gradients(model, inputs, implementation)
+            assert all(found[name].dtype == torch.float32 for name in names)  # that of the parameters
+            both = (torch.cat([part[name].flatten() for name in names]) for part in (found, truth))
+            errors[implementation] += relative_frobenius(*both) ** 2
+    assert errors["polymoe"] ** 0.5 <= 1.2 * errors["eager"] ** 0.5
 
 
 def test_compiled(seed: int) -> None:
