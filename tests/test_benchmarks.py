@@ -63,6 +63,13 @@ def run(capsys: pytest.CaptureFixture[str], op: str, *arguments: str) -> list[Ro
 # ---- Running ----
 
 
+def test_training(capsys: pytest.CaptureFixture[str]) -> None:
+    (row,) = run(capsys, "training", "--isa", BEST, "--tokens", "5")
+    assert [result.name for result in row.results] == ["F.linear loop", "F.grouped_mm", "eager", "polymoe"]
+    assert "polymoe 0" in row.labels["kept, MiB"]
+    assert row.verdict == "-"
+
+
 @pytest.mark.parametrize("op", [op for op in OPS if op != "experts"])
 def test_every_op_has_a_benchmark(op: str, capsys: pytest.CaptureFixture[str]) -> None:
     rows = run(capsys, op, "--isa", BEST, "--tokens", "1", "5", "--backend", "cpu", "reference")

@@ -15,6 +15,7 @@ import polymoe
 import polymoe.nn
 from polymoe.testing.cases import Random, routing
 from polymoe.testing.conformance import activate as activate_checks
+from polymoe.testing.conformance._run import threads
 from polymoe.testing.targets import Target
 from polymoe.testing.tolerances import assert_same_bits, relative_frobenius, unit_roundoff
 
@@ -181,26 +182,33 @@ def test_experts_are_as_precise_as_eager(dtype: torch.dtype, target: Target, see
         assert relative_frobenius(a, c) <= 1.05 * relative_frobenius(b, c) + unit_roundoff(dtype) / 4, name
 
 
-def test_experts_give_the_same_bits_at_any_thread_count_and_in_any_batch(seed: int) -> None:
-    random, tokens = Random(seed), 40
-    made = [random.normal(tokens, 96), random.matrix(6, 128, 96, dtype=torch.float32)]
-    made += [random.matrix(6, 96, 64, dtype=torch.float32), random.weights(tokens, 2)]
-    ids, grad = routing(random, "skipping", tokens, 2, 6), random.normal(tokens, 96)
-    before = torch.get_num_threads()
-    try:
-        found = []
-        for threads in (1, 2, 3, 4):
-            torch.set_num_threads(threads)
-            found.append(layer_gradients(lambda *args: polymoe.experts(*args, backend="cpu"), made, ids, grad))
-    finally:
-        torch.set_num_threads(before)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_experts_give_the_same_bits_at_any_thread_count_and_in_any_batch(
+    dtype: torch.dtype, target: Target, seed: int
+) -> None:
+    if not target.properties.batch_invariant:
+        pytest.skip(f"{target.backend} does not promise it")
+    random, tokens = Random(seed), 200
+    made = [random.normal(tokens, 96, dtype=dtype), random.matrix(6, 160, 96, dtype=dtype)]
+    made += [random.matrix(6, 96, 80, dtype=dtype), random.weights(tokens, 2)]
+    ids, grad = routing(random, "skipping", tokens, 2, 6), random.normal(tokens, 96, dtype=dtype)
+
+    def call(*args: Tensor) -> Tensor:
+        return polymoe.experts(*args, backend=target.backend)
+
+    found = []
+    for count in (1, 2, 3, 4):
+        with threads(count):
+            found.append(layer_gradients(call, made, ids, grad))
     for other in found[1:]:
         for got, expected in zip(other, found[0], strict=True):
             assert_same_bits(got, expected, "threads")
-    few = random.permutation(tokens)[:7]
-    part = [made[0][few], made[1], made[2], made[3][few]]
-    alone = layer_gradients(lambda *args: polymoe.experts(*args, backend="cpu"), part, ids[few], grad[few])
-    assert_same_bits(alone[0], found[0][0][few], "the gradient of x in another batch")
+    for count in (1, 7):
+        few = random.permutation(tokens)[:count]
+        part = [made[0][few], made[1], made[2], made[3][few]]
+        alone = layer_gradients(call, part, ids[few], grad[few])
+        assert_same_bits(alone[0], found[0][0][few], "the gradient of x in another batch")
+        assert_same_bits(alone[3], found[0][3][few], "the gradient of the routing weights in another batch")
 
 
 # --- cost, compilation, refusals ------------------------------------------------------------------------------------
