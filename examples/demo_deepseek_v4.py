@@ -7,7 +7,8 @@ from the free memory; attention is tiny. Weights are random; the text is real, a
     python examples/demo_deepseek_v4.py [--layers 4] [--experts 64] [--quick]
 
 Times "eager", "grouped_mm" (both Transformers' own) and "polymoe", interleaved, on prefill of 128 and 512 tokens and on
-token-by-token decode, and compares the logits with an f32 run of the same weights. Exits with 1 if polymoe did not run.
+token-by-token decode, and compares the logits with an f32 run of the same weights. "polymoe fp8" and "polymoe mxfp4"
+are the same experts quantised, as DeepSeek publishes them. Exits with 1 if polymoe did not run.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from demo_weights import FORMATS, Pool, quantized_experts
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import DeepseekV4Config, DeepseekV4ForCausalLM
@@ -41,7 +43,9 @@ import polymoe.integrations.transformers  # registers "polymoe"
 
 TEXT = Path(__file__).parent / "data" / "kjv.txt"
 # Of Transformers' paths for a CPU, batched_mm is left out: it copies the weights of every slot and is slower by far.
-IMPLEMENTATIONS = ("eager", "grouped_mm", "polymoe")
+PEERS = ("eager", "grouped_mm")
+QUANTIZED = {f"polymoe {name}": name for name in FORMATS}
+IMPLEMENTATIONS = (*PEERS, "polymoe", *QUANTIZED)
 HIDDEN, INTERMEDIATE, TOP_K = 4096, 2048, 6
 HASH_LAYERS = 3
 EXPERT_BYTES = 3 * HIDDEN * INTERMEDIATE * 2  # gate, up and down in bf16
@@ -65,9 +69,11 @@ def free_memory() -> int:
 
 
 def choose_experts(available: int, layers: int) -> int:
-    """Experts a layer: what 55% of the free memory (of 24 GiB at most) holds; a multiple of 8, from 8 to 256."""
-    budget = 0.55 * min(available, 24 * 2**30)
-    return max(8, min(256, int(budget / (layers * EXPERT_BYTES)) // 8 * 8))
+    """Experts a layer: what 70% of the free memory (of 24 GiB at most) holds, in bf16, in fp8 and in mxfp4 at once; a
+    multiple of 8, from 8 to 256."""
+    budget = 0.7 * min(available, 24 * 2**30)
+    every_format = EXPERT_BYTES * (16 + 8 + 4.25) / 16
+    return max(8, min(256, int(budget / (layers * every_format)) // 8 * 8))
 
 
 def make_config(layers: int, experts: int) -> DeepseekV4Config:
@@ -112,20 +118,16 @@ def allocate(model: DeepseekV4ForCausalLM, dtype: torch.dtype) -> None:
 
 
 def fill_experts(model: DeepseekV4ForCausalLM, generator: torch.Generator) -> None:
-    """Normal weights from a pool, copied in pieces from random offsets: no two experts are alike, at memcpy's speed."""
-    piece, pool_size = 1 << 22, 1 << 25
-    pool = torch.randn(pool_size, generator=generator).mul_(model.config.initializer_range).to(torch.bfloat16)
+    """Normal weights in bf16, and the same quantised in `quantized`, by format."""
+    pool = Pool(model.config.initializer_range, generator)
     modules = expert_modules(model)
     for done, module in enumerate(modules, 1):
         for key, parameter in list(module.named_parameters()):
-            weight = torch.empty(parameter.shape, dtype=torch.bfloat16)
-            for block in weight.view(-1).split(piece):
-                offset = int(torch.randint(pool_size - block.numel(), (1,), generator=generator))
-                block.copy_(pool[offset : offset + block.numel()])
-            weight._is_hf_initialized = True  # type: ignore[attr-defined]
-            filled = nn.Parameter(weight, requires_grad=False)
+            filled = pool.weight(parameter.shape)
             filled._is_hf_initialized = True  # type: ignore[attr-defined]
             setattr(module, key, filled)
+        both = module.gate_up_proj, module.down_proj
+        module.quantized = {name: tuple(pool.quantized(weight, name) for weight in both) for name in FORMATS}
         say(f"filled the experts of layer {done}/{len(modules)}")
 
 
@@ -163,6 +165,8 @@ def f32_experts(self: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top
 
 
 ExpertsInterface.register("f32", f32_experts)
+for implementation, name in QUANTIZED.items():
+    ExpertsInterface.register(implementation, quantized_experts(name, polymoe.experts))
 
 
 def widened(model: DeepseekV4ForCausalLM) -> DeepseekV4ForCausalLM:
@@ -356,12 +360,21 @@ def polymoe_calls(model: DeepseekV4ForCausalLM, ids: Tensor) -> int:
 # --- the report -----------------------------------------------------------------------------------------------------
 
 
-def table(workloads: list[Workload], errors: dict[str, LogitError]) -> str:
-    head = ("workload", "experts by", "ms/token", "in experts", "experts x eager", "experts x best", "model x eager")
+def table(workloads: list[Workload], errors: dict[str, LogitError], sizes: dict[str, int]) -> str:
+    head = (
+        "workload",
+        "experts by",
+        "GB",
+        "ms/token",
+        "in experts",
+        "experts x eager",
+        "experts x best",
+        "model x eager",
+    )
     rows = [(*head, "model x best", "logit error", "same experts")]
     for workload in workloads:
-        best_experts = min(workload.experts(name) for name in IMPLEMENTATIONS if name != "polymoe")
-        best_model = min(workload.model(name) for name in IMPLEMENTATIONS if name != "polymoe")
+        best_experts = min(workload.experts(name) for name in PEERS)
+        best_model = min(workload.model(name) for name in PEERS)
         for name in IMPLEMENTATIONS:
             experts, whole = workload.experts(name), workload.model(name)
             ratios = (
@@ -370,7 +383,7 @@ def table(workloads: list[Workload], errors: dict[str, LogitError]) -> str:
                 workload.model("eager") / whole,
                 best_model / whole,
             )
-            cells = (workload.name, name, f"{whole:.2f}", f"{experts:.2f}")
+            cells = (workload.name, name, f"{sizes[name] / 1e9:.2f}", f"{whole:.2f}", f"{experts:.2f}")
             both = (f"{errors[name].free:.5f}", f"{errors[name].same_experts:.5f}")
             rows.append((*cells, *(f"{ratio:.2f}" for ratio in ratios), *both))
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
@@ -379,6 +392,16 @@ def table(workloads: list[Workload], errors: dict[str, LogitError]) -> str:
     ]
     lines.insert(1, "|" + "|".join("-" * (width + 2) for width in widths) + "|")
     return "\n".join(lines)
+
+
+def expert_bytes(model: DeepseekV4ForCausalLM) -> dict[str, int]:
+    """Of the experts' weights and scales, by implementation."""
+    modules = expert_modules(model)
+    dense = sum(parameter.nbytes for module in modules for parameter in module.parameters())
+    sizes = dict.fromkeys(IMPLEMENTATIONS, dense)
+    for implementation, name in QUANTIZED.items():
+        sizes[implementation] = sum(weight.nbytes for module in modules for weight in module.quantized[name])
+    return sizes
 
 
 def how_it_ran(model: DeepseekV4ForCausalLM) -> str:
@@ -431,13 +454,12 @@ def main() -> int:
         measure(model, workload, rounds, watch)
 
     print()
-    print(table(workloads, errors))
+    print(table(workloads, errors, expert_bytes(model)))
     print()
     print("Medians of interleaved runs. x eager, x best: the time of Transformers' eager path, or of the better of its")
-    print(
-        "two, over this row's. Logit error: relative Frobenius norm against an f32 run of the same weights; a near tie"
-    )
-    print("of router scores that bf16 decides otherwise counts. Same experts: the same with the f32 run's choices.")
+    print("two, over this row's. Logit error: relative Frobenius norm against an f32 run of the bf16 weights; a near")
+    print("tie of router scores that bf16 or a format decides otherwise counts. Same experts: the same with the f32")
+    print("run's choices. GB: the experts' weights and scales.")
     print(f"polymoe {polymoe.__version__}, {how_it_ran(model)}, {torch.get_num_threads()} threads")
     say(f"peak memory {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20:.1f} GiB")
     return 0

@@ -94,7 +94,7 @@ def test_quantized_checkpoint() -> None:
 def test_demo_at_its_smallest() -> None:
     out = run("examples/demo_deepseek_v4.py", "--quick", "--experts", "6")
     assert "polymoe.experts ran 2 times for 2 MoE layers: backend" in out
-    assert len(re.findall(r"^\| (?:decode|prefill \d+) .*\|$", out, re.MULTILINE)) == 9
+    assert len(re.findall(r"^\| (?:decode|prefill \d+) .*\|$", out, re.MULTILINE)) == 15
 
 
 def test_train_tiny_moe_at_its_smallest(tmp_path: Path) -> None:
