@@ -445,7 +445,7 @@ def main() -> int:
         say("FAILED: polymoe did not compute the experts")
         return 1
 
-    short, long, rounds, steps, passages = (32, 64, 1, 4, 1) if arguments.quick else (128, 512, 5, 16, 4)
+    short, long, rounds, steps, passages = (32, 64, 1, 4, 1) if arguments.quick else (128, 512, 5, 16, 3)
     say(f"logits of {passages} x {long} tokens in f32, then by {', '.join(IMPLEMENTATIONS)} (this also warms up)")
     starts = [number * len(text) // passages for number in range(passages)]
     errors = logit_errors(model, [text[start : start + long].unsqueeze(0) for start in starts])

@@ -153,6 +153,29 @@ def test_a_killed_run_goes_on_where_it_stopped(tmp_path: Path) -> None:
     }
 
 
+PEAK = """
+import resource, sys
+from polymoe.checkpoint import quantize
+
+def peak():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+quantize(sys.argv[1], sys.argv[3], "int8")  # what a run takes at all
+before = peak()
+quantize(sys.argv[2], sys.argv[4], "int8")
+print(peak() - before)
+"""
+
+
+def test_memory_does_not_grow_with_the_checkpoint(tmp_path: Path) -> None:
+    """63 MB of experts in the memory of a few tensors."""
+    large(tmp_path / "small", layers=1)
+    large(tmp_path / "large", layers=10)
+    folders = [str(tmp_path / name) for name in ("small", "large", "small_out", "large_out")]
+    done = subprocess.run([sys.executable, "-c", PEAK, *folders], check=True, capture_output=True, text=True)
+    assert int(done.stdout) < 24 << 10  # KiB
+
+
 def test_nothing_is_overwritten(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     published.write(tmp_path / "in", "mixtral")
     (tmp_path / "out").mkdir()
