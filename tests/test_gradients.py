@@ -178,8 +178,10 @@ def test_experts_are_as_precise_as_eager(dtype: torch.dtype, target: Target, see
     ours = layer_gradients(lambda *args: polymoe.experts(*args, backend=target.backend), made, ids, grad)
     for name, a, b, c in zip(("x", "gate_up", "down", "weights"), ours, theirs, truth, strict=True):
         assert a.dtype == b.dtype
-        # A gradient of few outputs may be off by its own rounding more than eager's happens to be.
-        assert relative_frobenius(a, c) <= 1.05 * relative_frobenius(b, c) + unit_roundoff(dtype) / 4, name
+        # A gradient of few outputs may be off by its own rounding more than eager's happens to be: in float32 that of
+        # the weights, which are sums of other products than eager's.
+        slack = max(unit_roundoff(dtype) / 4, unit_roundoff(torch.float32))
+        assert relative_frobenius(a, c) <= 1.05 * relative_frobenius(b, c) + slack, name
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

@@ -177,6 +177,56 @@ def backward(model: Model, T: int, dtype: torch.dtype) -> Iterator[Call]:
     yield Call("grouped_mm batch", name, T, lambda: op("grouped_mm")(batch, w.mT), flops, rows + weights)
 
 
+def _down_backward(model: Model, T: int, dtype: torch.dtype) -> Call:
+    """The gradients of the pre-activation, of the down weights' other operand and of the routing weights."""
+    S, size = T * model.K, dtype.itemsize
+    weights = meta(T, model.K, dtype=torch.float32) if model.placement != "input" else None
+
+    def run() -> Any:
+        down = meta(model.E, model.I, model.H, dtype=dtype).mT if model.transposed else meta(
+            model.E, model.H, model.I, dtype=dtype
+        )  # fmt: skip
+        return op("down_backward")(
+            meta(S, model.H, dtype=dtype),
+            down,
+            meta(S, model.up, dtype=dtype),
+            meta(model.E, dtype=torch.int32),
+            meta(S, dtype=torch.int32),
+            meta(T, model.K, dtype=torch.int32),
+            model.activation,
+            model.alpha,
+            model.limit,
+            model.interleaved,
+            weights,
+            True,
+            weights is not None,
+        )
+
+    weight_bytes = min(model.E, S) * model.H * model.I * size
+    rows = S * (model.H + 2 * model.up + model.I) * size
+    return Call("down_backward", model.name, T, run, 2.0 * S * model.H * model.I, weight_bytes + rows)
+
+
+def _small_backward(model: Model, T: int, dtype: torch.dtype) -> Iterator[Call]:
+    S, size, name = T * model.K, dtype.itemsize, model.name
+    f32, i32 = torch.float32, torch.int32
+    logits, weights, slots = meta(T, model.E, dtype=dtype), meta(T, model.K, dtype=f32), meta(T, model.K, dtype=i32)
+    bias = meta(model.E, dtype=f32)
+    yield Call(
+        "gate_backward", name, T, lambda: op("gate_backward")(logits, weights, slots, model.scoring, bias, "add"),
+        0, 2 * T * model.E * size + S * 8,
+    )  # fmt: skip
+    h, grad = meta(S, model.up, dtype=dtype), meta(S, model.I, dtype=dtype)
+    numbers = (model.activation, model.alpha, model.limit, model.interleaved)
+    yield Call(
+        "activate_backward", name, T,
+        lambda: op("activate_backward")(h, grad, *numbers, meta(S, dtype=i32), weights, True),
+        0, S * (2 * model.up + model.I) * size,
+    )  # fmt: skip
+    x, rows = meta(T, model.H, dtype=dtype), meta(S, model.H, dtype=f32)
+    yield Call("row_dot", name, T, lambda: op("row_dot")(x, rows, slots), 0, S * model.H * (size + 4))
+
+
 # One model per activation, layout of the weights and placement of the routing weights.
 VARIETY = ("deepseek-v3", "deepseek-v4-flash", "gpt-oss-20b", "kimi-k3", "llama-4-scout", "ungated")
 LAYOUTS = ("deepseek-v4-flash", "gpt-oss-20b")
@@ -190,7 +240,9 @@ def calls(model: Model, T: int, arithmetic: str) -> list[Call]:
     if model.name not in COMPILED[arithmetic]:
         return []
     found = [_experts(model, T, dtype)]
+    # As tf32 the instructions of sm_90 and sm_100 cannot read weights in this order.
+    found += [_down_backward(model, T, dtype)] if model.name in LAYOUTS and arithmetic != "tf32" else []
     if T in FEW_TOKENS and arithmetic in ("bf16", "f32"):
         found += _small(model, T, dtype) if model.name in VARIETY else []
-        found += backward(model, T, dtype) if model.name in LAYOUTS else []
+        found += [*backward(model, T, dtype), *_small_backward(model, T, dtype)] if model.name in LAYOUTS else []
     return found

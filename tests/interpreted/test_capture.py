@@ -5,7 +5,7 @@ import pytest
 import torch
 from triton.runtime.interpreter import InterpretedFunction
 
-from polymoe.backends.triton import KERNELS, TritonBackend
+from polymoe.backends.triton import GRADIENT_KERNELS, KERNELS, TritonBackend
 
 BF16, F32, I32 = torch.bfloat16, torch.float32, torch.int32
 T, K, H, I, E = 700, 4, 96, 64, 16
@@ -27,6 +27,30 @@ def calls(op):
     offs = empty(E, dtype=I32)
     logits, bias = empty(T, E, dtype=F32), empty(E, dtype=F32)
     return {
+        "activate_backward": [
+            (empty(S, 2 * I), empty(S, I), "swiglu", None, None, True, row_slot, weights, True),
+            (empty(S, I), empty(S, I), "relu2"),
+        ],
+        "down_backward": [
+            (
+                empty(S, H),
+                empty(E, H, I),
+                empty(S, 2 * I),
+                offs,
+                row_slot,
+                slot_row,
+                "swiglu",
+                None,
+                None,
+                False,
+                weights,
+                True,
+                True,
+            ),
+            (empty(S, H), empty(E, I, H).mT, empty(S, I), offs, row_slot, slot_row, "relu2"),
+        ],
+        "gate_backward": [(logits, weights, ids, "softmax", bias, "max"), (logits, weights, ids, "sigmoid")],
+        "row_dot": [(empty(T, H), empty(S, H, dtype=F32), slot_row)],
         "activate": [(empty(S, 2 * I), "swiglu", None, None, True, row_slot, weights, F32), (empty(S, I), "relu2")],
         "combine": [(empty(S, H), slot_row), (empty(S, H), slot_row, weights, F32)],
         "dispatch": [(empty(T, H), row_slot, slot_row), (empty(T, H), row_slot, slot_row, weights)],
@@ -56,7 +80,7 @@ def launches(monkeypatch):
     return grids
 
 
-@pytest.mark.parametrize("op", KERNELS)
+@pytest.mark.parametrize("op", KERNELS + GRADIENT_KERNELS)
 def test_launches_depend_on_shapes_alone(op, launches):
     for arguments in calls(op):
         launches.clear()

@@ -165,16 +165,19 @@ class NoReads(TorchDispatchMode):
 def test_no_public_call_reads_what_a_tensor_holds(monkeypatch):
     """Forward and backward, with launches left out: what the host does beside them."""
     monkeypatch.setattr(InterpretedFunction, "run", lambda *args, **options: None)
+    monkeypatch.setattr(torch.Tensor, "new_empty", torch.Tensor.new_zeros)  # a plan nobody wrote must be a possible one
     T, K, H, I = 7, 2, 16, 8
     x, logits = torch.randn(T, H, requires_grad=True), torch.randn(T, E, requires_grad=True)
     gate_up, down = (torch.randn(shape, requires_grad=True) for shape in ((E, 2 * I, H), (E, H, I)))
     with NoReads(), polymoe.use_backend("triton"):
         weights, ids = polymoe.gate(logits, K, renormalize=True)
-        polymoe.experts(x, gate_up, down, weights, ids)
+        layer = polymoe.experts(x, gate_up, down, weights, ids)
         plan = polymoe.plan(ids, E)
         rows = polymoe.dispatch(x, plan, weights)
         out = polymoe.combine(polymoe.activate(rows, "silu", plan=plan), plan, weights)
-        polymoe.grouped_mm(rows, gate_up.mT, plan.offsets[1:])
-    assert out.shape == x.shape
+        product = polymoe.grouped_mm(rows, gate_up.mT, plan.offsets[1:])
+        torch.autograd.backward([layer.sum(), out.sum(), product.sum()])
+    assert x.grad is not None
+    assert logits.grad is not None
     with pytest.raises(AssertionError, match="the host reads"), NoReads():
         out.sum().item()

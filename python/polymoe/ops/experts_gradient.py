@@ -16,6 +16,7 @@ from torch import Tensor
 from polymoe.ops._library import grad_dtype
 from polymoe.ops._weights import check_differentiable
 from polymoe.ops.activate import KINDS, activate_backward
+from polymoe.ops.down_backward import down_backward
 from polymoe.ops.grouped_mm_gradient import grouped_mm_dx
 from polymoe.ops.quantized_backward import quantized_backward
 from polymoe.ops.row_dot import row_dot
@@ -100,19 +101,17 @@ def gradients(ctx: Any, grad: Tensor, *unused: None) -> dict[str, Tensor]:
 
     act = (options.activation, options.alpha, options.limit, options.interleaved, saved.row_slot, weights)
     if _needs_pre_activation_gradient(needs) or needs["weights"]:
-        down = (saved.down, saved.down_scale, saved.down_zero)
-        I = saved.pre_activation.shape[1] // (2 if KINDS[options.activation].gated else 1)
-        d_activation = _through(rows, down, I, ends, options, backend)
         need_weights = needs["weights"] and not at_input
-        d_pre, d_weights = activate_backward(saved.pre_activation, d_activation, *act, need_weights, backend=backend)
-        del d_activation
+        d_pre, activation, d_weights = _through_down(saved, rows, act, (needs["down"], need_weights), options, backend)
         if need_weights:
             found["weights"] = d_weights
+        if needs["down"]:
+            found["down"] = _down_gradient(rows, activation, ends, options, backend)
+        del activation
         found |= _through_gate_up(saved, d_pre, needs, options, backend)
-    if needs["down"]:
+    elif needs["down"]:
         activation = ops.activate(saved.pre_activation, *act, options.dtype, backend=backend)
-        pair = (activation.mT, rows) if options.transposed else (rows.mT, activation)
-        found["down"] = ops.grouped_mm(*pair, ends, None, options.grad_dtypes["down"], backend=backend)
+        found["down"] = _down_gradient(rows, activation, ends, options, backend)
     if needs["down_bias"]:
         weighted = ops.dispatch(
             grad, saved.row_slot, saved.slot_row, saved.weights if at_output else None, backend=backend
@@ -122,6 +121,33 @@ def gradients(ctx: Any, grad: Tensor, *unused: None) -> dict[str, Tensor]:
         found["weights"] = found["weights"] + _bias_dot(saved, rows, backend)
     if "weights" in found:
         found["weights"] = found["weights"].to(saved.weights.dtype)
+    return found
+
+
+def _through_down(
+    saved: Saved, rows: Tensor, act: tuple[Any, ...], need: tuple[bool, bool], options: Any, backend: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradient of the pre-activation; the activation, weighted, and the gradient of the routing weights, as far as
+    they are needed."""
+    ends = saved.offsets[1:]
+    if saved.down_scale is None:
+        down = saved.down.mT if options.transposed else saved.down  # [E, H, I]
+        *kind, row_slot, weights = act
+        plan = (ends, row_slot, saved.slot_row)
+        results: tuple[Tensor, Tensor, Tensor] = down_backward(
+            rows, down, saved.pre_activation, *plan, *kind, weights, *need, backend=backend
+        )
+        return results
+    I = saved.pre_activation.shape[1] // (2 if KINDS[options.activation].gated else 1)
+    down_weight = (saved.down, saved.down_scale, saved.down_zero)
+    d_activation = _through(rows, down_weight, I, ends, options, backend)
+    d_pre, d_weights = activate_backward(saved.pre_activation, d_activation, *act, need[1], backend=backend)
+    return d_pre, rows.new_empty(0), d_weights  # quantised weights are frozen
+
+
+def _down_gradient(rows: Tensor, activation: Tensor, ends: Tensor, options: Any, backend: str) -> Tensor:
+    pair = (activation.mT, rows) if options.transposed else (rows.mT, activation)
+    found: Tensor = torch.ops.polymoe.grouped_mm(*pair, ends, None, options.grad_dtypes["down"], backend=backend)
     return found
 
 

@@ -7,6 +7,7 @@ from polymoe.reference.activate import activate
 from polymoe.reference.activate_backward import activate_backward
 from polymoe.reference.combine import combine
 from polymoe.reference.dispatch import dispatch
+from polymoe.reference.down_backward import down_backward
 from polymoe.reference.experts import experts
 from polymoe.reference.gate import gate
 from polymoe.reference.gate_backward import gate_backward
@@ -20,6 +21,7 @@ __all__ = [
     "activate_backward",
     "combine",
     "dispatch",
+    "down_backward",
     "experts",
     "gate",
     "gate_backward",
