@@ -197,7 +197,7 @@ void decode_columns(const Weights& w, int64_t j0, int count, int64_t d, char* pa
   }
 }
 
-// Scales and offsets of a column by group.
+// Scales of a column by group, and offsets where there are zero points.
 template <class C>
 void prepare_column(const QuantizedMatrix& m, int64_t n, int64_t groups, float* scale, float* offset) {
   const char* const scales = m.scale + n / m.scale_rows * m.scale_stride;
@@ -209,7 +209,7 @@ void prepare_column(const QuantizedMatrix& m, int64_t n, int64_t groups, float* 
     else
       __builtin_memcpy(&value, scales + at * 4, 4);
     scale[g * kColumns] = value * C::unit;
-    offset[g * kColumns] = m.zero ? float(uint8_t(m.zero[n * m.zero_stride + at])) : float(C::offset);
+    if (m.zero) offset[g * kColumns] = float(uint8_t(m.zero[n * m.zero_stride + at]));
   }
 }
 
@@ -282,6 +282,8 @@ void multiply(const char* a, int64_t m, const Weights& w, int64_t n, int64_t d, 
   float* const scale = space.scale(w.workspace);
   float* const offset = space.offset(w.workspace);
   const Group* const rows = reinterpret_cast<const Group*>(a);
+  if (!w.matrix->zero)
+    for (int64_t i = 0; i < space.groups * kColumns; ++i) offset[i] = float(C::offset);
   for (int64_t j0 = 0; j0 < n && m > 0; j0 += kColumns) {
     const int64_t columns = n - j0 < kColumns ? n - j0 : kColumns;
     for (int v = 0; v < kVectors && v * kLanes < columns; ++v) {

@@ -156,21 +156,43 @@ int64_t block_of(const QuantizedMatrix& m) {
   return C::adjust == Adjust::groups || m.scale_columns == 0 ? kBlock : m.scale_columns;
 }
 
+constexpr int64_t kGroups = kBlock / kGroup;
+
+// Of kGroups codes.
+uint8_t largest_of(const uint8_t* codes) {
+#if defined(POLYMOE_LEVEL_PORTABLE)
+  uint8_t largest = 0;
+  for (int i = 0; i < kGroups; ++i) largest = codes[i] > largest ? codes[i] : largest;
+  return largest;
+#else
+  __m128i v = _mm_loadu_si128(reinterpret_cast<const __m128i*>(codes));
+  v = _mm_max_epu8(v, _mm_srli_si128(v, 8));
+  v = _mm_max_epu8(v, _mm_srli_si128(v, 4));
+  v = _mm_max_epu8(v, _mm_srli_si128(v, 2));
+  v = _mm_max_epu8(v, _mm_srli_si128(v, 1));
+  return uint8_t(_mm_cvtsi128_si32(v));
+#endif
+}
+
 // The largest scale of a block of groups is its multiplier; the groups get what they are below it.
 template <class A>
-void prepare_groups(const uint8_t* scales, int64_t groups, float* multiplier, uint32_t* adjust) {
-  constexpr int64_t kGroups = kBlock / kGroup;
-  for (int64_t begin = 0; begin < groups; begin += kGroups) {
-    uint8_t codes[kGroups] = {};
-    __builtin_memcpy(codes, scales + begin, size_t(groups - begin < kGroups ? groups - begin : kGroups));
-    uint8_t largest = 0;
-    for (int i = 0; i < kGroups; ++i) largest = codes[i] > largest ? codes[i] : largest;
-    for (int i = 0; i < kGroups; ++i) {
-      const int below = largest - codes[i];
-      adjust[begin + i] = A::below(below < kSpread ? below : kSpread);
-    }
-    *multiplier++ = from_e8m0(largest);
+float prepare_block(const uint8_t* codes, uint32_t* adjust) {
+  const int largest = largest_of(codes);
+  for (int i = 0; i < kGroups; ++i) {
+    const int below = largest - codes[i];
+    adjust[i] = A::below(below < kSpread ? below : kSpread);
   }
+  return from_e8m0(uint8_t(largest));
+}
+
+template <class A>
+void prepare_groups(const uint8_t* scales, int64_t groups, float* multiplier, uint32_t* adjust) {
+  int64_t begin = 0;
+  for (; begin + kGroups <= groups; begin += kGroups) *multiplier++ = prepare_block<A>(scales + begin, adjust + begin);
+  if (begin == groups) return;
+  uint8_t last[kGroups] = {};
+  for (int64_t i = begin; i < groups; ++i) last[i - begin] = scales[i];
+  *multiplier = prepare_block<A>(last, adjust + begin);
 }
 
 // Scales and zero points of row n as tiles take them.
