@@ -241,8 +241,8 @@ def calls(model: Model, T: int, arithmetic: str) -> list[Call]:
         return []
     found = [_experts(model, T, dtype)]
     # As tf32 the instructions of sm_90 and sm_100 cannot read weights in this order.
-    found += [_down_backward(model, T, dtype)] if model.name in LAYOUTS and arithmetic != "tf32" else []
+    found += [_down_backward(model, T, dtype)] if model.name in VARIETY and arithmetic != "tf32" else []
     if T in FEW_TOKENS and arithmetic in ("bf16", "f32"):
-        found += _small(model, T, dtype) if model.name in VARIETY else []
-        found += [*backward(model, T, dtype), *_small_backward(model, T, dtype)] if model.name in LAYOUTS else []
+        found += [*_small(model, T, dtype), *_small_backward(model, T, dtype)] if model.name in VARIETY else []
+        found += backward(model, T, dtype) if model.name in LAYOUTS else []
     return found
