@@ -14,6 +14,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -43,18 +44,16 @@ class Stored:
     name: str
     call: Callable[[InputSet], Tensor]
     bytes: int
-    counts_flops: bool = True
+    counts_flops: bool
 
 
-def stored(layer: Layer, format: str, pair: Sequence[Weight], mode: str) -> Stored:
-    gate_up, down = pair
-
+def stored(layer: Layer, name: str, nbytes: int, mode: str, gate_up: Tensor, down: Tensor, **how: Any) -> Stored:
     def call(given: InputSet) -> Tensor:
         x, weights, ids = given
         return polymoe.experts(
             x,
-            gate_up.data,
-            down.data,
+            gate_up,
+            down,
             weights,
             ids,
             layer.shape.activation,
@@ -62,43 +61,22 @@ def stored(layer: Layer, format: str, pair: Sequence[Weight], mode: str) -> Stor
             interleaved=layer.shape.interleaved,
             gate_up_bias=layer.gate_up_bias,
             down_bias=layer.down_bias,
-            weight_format=format,
-            gate_up_scale=gate_up.scale,
-            down_scale=down.scale,
             mode=mode,
+            **how,
         )
 
-    name = format if mode == "weight_only" else f"{format}, int8"
-    return Stored(name, call, gate_up.nbytes + down.nbytes, mode == "weight_only")
-
-
-def dense(layer: Layer) -> Stored:
-    def call(given: InputSet) -> Tensor:
-        x, weights, ids = given
-        return polymoe.experts(
-            x,
-            layer.gate_up,
-            layer.down,
-            weights,
-            ids,
-            layer.shape.activation,
-            limit=layer.shape.limit,
-            gate_up_bias=layer.gate_up_bias,
-            down_bias=layer.down_bias,
-            interleaved=layer.shape.interleaved,
-        )
-
-    return Stored("bf16", call, layer.gate_up.nbytes + layer.down.nbytes)
+    return Stored(name, call, nbytes, mode == "weight_only")
 
 
 def contenders(layer: Layer, names: Sequence[str]) -> Iterator[Stored]:
-    yield dense(layer)
+    dense = layer.gate_up, layer.down
+    yield stored(layer, "bf16", sum(weight.nbytes for weight in dense), "weight_only", *dense)
     for name in names:
-        format = formats.parse(name)
-        pair = [_quantized(format, weight) for weight in (layer.gate_up, layer.down)]
-        yield stored(layer, name, pair, "weight_only")
-        if name in INT8_FORMATS:
-            yield stored(layer, name, pair, "int8")
+        up, down = (_quantized(formats.parse(name), weight) for weight in dense)
+        scales = {"gate_up_scale": up.scale, "down_scale": down.scale}
+        for mode in ("weight_only", "int8") if name in INT8_FORMATS else ("weight_only",):
+            label = name if mode == "weight_only" else f"{name}, int8"
+            yield stored(layer, label, up.nbytes + down.nbytes, mode, up.data, down.data, weight_format=name, **scales)
 
 
 def _quantized(format: formats.Format, weight: Tensor) -> Weight:
@@ -143,7 +121,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--quick", action="store_true", help="few rounds")
     given = parser.parse_args(arguments)
     lines = []
-    probe = closing(BandwidthProbe(32 if given.quick else 256, given.threads))
+    probe = closing(BandwidthProbe(32 if given.quick else 1024, given.threads))
     with torch.no_grad(), torch_threads(given.threads), isa_level(given.isa), probe as bandwidth:
         bandwidth.survey()
         probes = Seen(bandwidth, PeakProbe(bounds.instruction(given.isa, "bf16"), given.threads))

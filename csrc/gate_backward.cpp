@@ -60,17 +60,16 @@ class Backward {
 
   // From the gradient of the weights to that of `value_`.
   void through_normaliser(const int32_t* ids, const T* grad) {
-    T total = 0, inner = 0;
+    T total = 0;
     for (size_t i = 0; i < g_.size(); ++i) {
       g_[i] = ids[i] < 0 ? T(0) : grad[i] * T(o_.scale);
       total += value_[i];
-      inner += g_[i] * value_[i];
     }
     if (o_.renormalize == Renormalize::none) return;
     const T eps = T(o_.eps);
     const bool bounded = o_.renormalize == Renormalize::max && !(total >= eps);
     const T divisor = bounded ? eps : o_.renormalize == Renormalize::max ? total : total + eps;
-    const T share = bounded ? T(0) : inner / divisor;
+    const T share = bounded ? T(0) : inner_product() / divisor;
     for (size_t i = 0; i < g_.size(); ++i)
       if (ids[i] >= 0) g_[i] = (g_[i] - share) / divisor;
   }

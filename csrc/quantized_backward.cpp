@@ -10,9 +10,10 @@
 
 #include "check.h"
 #include "gemm.h"
-#include "isa.h"
+#include "grouped_mm.h"
 #include "quantized_weight.h"
 #include "route.h"
+#include "row_op.h"
 #include "threads.h"
 
 namespace polymoe {
@@ -124,24 +125,16 @@ struct Product {
   }
 };
 
-// The first row of every group, and the end of the last one.
+// The first row of every group and the end of the last one.
 std::vector<int64_t> bounds_of(const at::Tensor& grad, const std::optional<at::Tensor>& offs, int64_t groups) {
   std::vector<int64_t> bounds(size_t(groups) + 1, 0);
   if (!offs) {
     for (int64_t g = 0; g < groups; ++g) bounds[size_t(g) + 1] = (g + 1) * grad.size(1);
     return bounds;
   }
-  check_cpu(kOp, "offs", *offs);
-  check_dtype(kOp, "offs", *offs, {at::kInt, at::kLong});
   check_shape(kOp, "offs", *offs, {{"G", groups}});
-  for (int64_t g = 0; g < groups; ++g) {
-    const int64_t at = g * offs->stride(0);
-    const int64_t end =
-        offs->scalar_type() == at::kInt ? offs->const_data_ptr<int32_t>()[at] : offs->const_data_ptr<int64_t>()[at];
-    POLYMOE_CHECK(end >= bounds[size_t(g)] && end <= grad.size(0), kOp, "offs",
-                  c10::str("cumulative ends, non-decreasing, from 0 to ", grad.size(0)), end);
-    bounds[size_t(g) + 1] = end;
-  }
+  const std::vector<int64_t> ends = group_ends(kOp, *offs, grad.size(0));
+  std::copy(ends.begin(), ends.end(), bounds.begin() + 1);
   return bounds;
 }
 
@@ -158,9 +151,7 @@ at::Tensor quantized_backward_cpu(const at::Tensor& grad, const at::Tensor& data
     check_shape(kOp, "grad", grad, {{"M"}, {"N", weight.rows}});
   else
     check_shape(kOp, "grad", grad, {{"G", weight.groups}, {"M"}, {"N", weight.rows}});
-  const at::ScalarType dtype = out_dtype.value_or(grad.scalar_type());
-  POLYMOE_CHECK(dtype == at::kFloat || dtype == at::kBFloat16 || dtype == at::kHalf, kOp, "out_dtype",
-                "float32, bfloat16 or float16", dtype_name(dtype));
+  const at::ScalarType dtype = output_dtype(kOp, out_dtype, grad.scalar_type());
   const std::vector<int64_t> bounds = bounds_of(grad, offs, weight.groups);
 
   std::vector<int64_t> sizes = grad.sizes().vec();

@@ -7,12 +7,10 @@ import triton.language as tl
 
 from polymoe.kernels._launch import OPTIONS, cdiv, extent, index_type, next_power_of_2
 from polymoe.kernels._math import at_least, exp, sigmoid, sqrt_softplus
+from polymoe.kernels.gate import LARGEST, NEVER, _softmax_sums, _sum_in_order
 
 ELEMENTS = 1024  # of a tile, where a row is not longer
 WARPS = 4
-
-NEVER = tl.constexpr(float("-inf"))
-LARGEST = tl.constexpr(torch.finfo(torch.float32).max)
 
 
 @triton.jit
@@ -23,11 +21,8 @@ def _bounded(logit, usable):
 
 @triton.jit
 def _softmax(logit, usable):
-    top = tl.max(tl.where(usable, logit, NEVER), axis=1)
-    top = tl.where(top == NEVER, 0.0, top)
-    e = tl.where(usable, exp(logit - top[:, None]), 0.0)
-    total = tl.sum(e, axis=1)
-    return tl.div_rn(e, tl.where(total == 0, 1.0, total)[:, None])
+    top, total = _softmax_sums(logit, usable)
+    return tl.div_rn(tl.where(usable, exp(logit - top[:, None]), 0.0), total[:, None])
 
 
 @triton.jit
@@ -112,9 +107,7 @@ def _gate_backward(
     value = tl.where(taken, value, 0.0)
 
     if RENORMALIZE != "none":
-        total = tl.zeros((TOKENS,), dtype=tl.float32)
-        for i in range(k):
-            total += tl.sum(tl.where(slot[None, :] == i, value, 0.0), axis=1)
+        total = _sum_in_order(value, k, TOKENS, SLOTS)
         divisor = total + eps
         if RENORMALIZE == "max":
             divisor = at_least(total, eps)

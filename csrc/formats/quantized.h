@@ -11,10 +11,20 @@
 // ones as zero: groups stay kSpread below the largest of the block at most.
 #pragma once
 
+#include "../micro/gemm_kernel.h"
 #include "../micro/simd.h"
 
 namespace polymoe::POLYMOE_LEVEL {
 namespace {
+
+inline float from_e8m0(uint8_t code) {
+  return bits_float(code == 255 ? 0x7fc00000u : code == 0 ? 1u << 22 : code << 23);
+}
+
+// The row of the matrix that column j of C is.
+inline int64_t matrix_row(const Weights& w, int64_t j) {
+  return j < w.split ? w.first_row + j * w.row_step : w.second_row + (j - w.split) * w.row_step;
+}
 
 // Powers of two that the groups of a block may differ by; groups further below count as that far below.
 constexpr int kSpread = 110;

@@ -1,5 +1,6 @@
 #include "activation.h"
 
+#include "activation_kind.h"
 #include "math.h"
 #include "span.h"
 
@@ -66,25 +67,7 @@ void activate(const ActivationSpec& spec, const void* gate, const void* up, cons
 template <class Out>
 void activate_row(const ActivationSpec& spec, const void* gate, const void* up, const void* weight, void* out,
                   int64_t n) {
-#define POLYMOE_CASE(kind) \
-  case Activation::kind:   \
-    return activate<Out, Activation::kind>(spec, gate, up, weight, out, n);
-  switch (spec.kind) {
-    POLYMOE_CASE(swiglu)
-    POLYMOE_CASE(swiglu_clamped)
-    POLYMOE_CASE(swiglu_clamped_after)
-    POLYMOE_CASE(swiglu_oai)
-    POLYMOE_CASE(geglu)
-    POLYMOE_CASE(geglu_tanh)
-    POLYMOE_CASE(reglu)
-    POLYMOE_CASE(softcapped)
-    POLYMOE_CASE(silu)
-    POLYMOE_CASE(gelu)
-    POLYMOE_CASE(gelu_tanh)
-    POLYMOE_CASE(relu)
-    POLYMOE_CASE(relu2)
-  }
-#undef POLYMOE_CASE
+  with_kind(spec.kind, [&](auto kind) { activate<Out, kind.value>(spec, gate, up, weight, out, n); });
 }
 
 }  // namespace

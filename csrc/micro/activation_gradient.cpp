@@ -1,6 +1,7 @@
 // What autograd needs of an activation: each formula as a product of a factor of the gate and a factor of up, with the
 // slopes of both. Beyond a few units in the last place nothing here follows the forward's bits.
 #include "activation.h"
+#include "activation_kind.h"
 #include "math.h"
 #include "span.h"
 
@@ -157,25 +158,7 @@ void gradient(const ActivationSpec& spec, const ActivationGradient& row, int64_t
 
 template <class Out>
 void gradient_row(const ActivationSpec& spec, const ActivationGradient& row, int64_t n) {
-#define POLYMOE_CASE(kind) \
-  case Activation::kind:   \
-    return gradient<Out, Activation::kind>(spec, row, n);
-  switch (spec.kind) {
-    POLYMOE_CASE(swiglu)
-    POLYMOE_CASE(swiglu_clamped)
-    POLYMOE_CASE(swiglu_clamped_after)
-    POLYMOE_CASE(swiglu_oai)
-    POLYMOE_CASE(geglu)
-    POLYMOE_CASE(geglu_tanh)
-    POLYMOE_CASE(reglu)
-    POLYMOE_CASE(softcapped)
-    POLYMOE_CASE(silu)
-    POLYMOE_CASE(gelu)
-    POLYMOE_CASE(gelu_tanh)
-    POLYMOE_CASE(relu)
-    POLYMOE_CASE(relu2)
-  }
-#undef POLYMOE_CASE
+  with_kind(spec.kind, [&](auto kind) { gradient<Out, kind.value>(spec, row, n); });
 }
 
 }  // namespace

@@ -110,6 +110,7 @@ struct Rows {
   const char* at(int64_t group, int64_t step) const {
     return a + (groups.first_row(group) * steps() + step * groups.rows(group)) * kLine;
   }
+  float* sums(int64_t group) const { return c + groups.first_row(group) * ldc; }
   bool small() const { return groups.rows(0) <= kTileRows; }  // every group is one tile
 };
 
@@ -117,20 +118,19 @@ struct Rows {
 
 constexpr int64_t kPanelStep = kPanel * kStep * int64_t(sizeof(bf16));  // bytes of a step of a full panel
 
-// `steps` steps, from step `begin` of the rows of A on, of one or two panels; the sums go to columns `column` of C on.
+// `steps` steps, from step `begin` of the rows of A on, of one or two panels; `c` points to the group's sums.
 void multiply_panels(const Rows& rows, int64_t group, const char* const* panel, int panels, int64_t begin,
-                     int64_t steps, int64_t column, Configured& configured) {
+                     int64_t steps, float* c, int64_t ldc, Configured& configured) {
   const Halves halves(rows.groups.rows(group));
   const char* const a = rows.at(group, begin);
   const Side left{{a, a + halves.count[0] * kLine}, {kLine, kLine}, rows.groups.rows(group) * kLine};
   Side right{{}, {}, kPanelStep};
   for (int j = 0; j < 2 * panels; ++j) right.tile[j] = panel[j / 2] + j % 2 * kLine, right.stride[j] = 2 * kLine;
   const TileShape shape{{halves.count[0], halves.count[1]}, {kTileRows, kTileRows}};
-  float* const c = rows.c + rows.groups.first_row(group) * rows.ldc + column;
-  Sums sums{{}, rows.ldc * int64_t(sizeof(float))};
+  Sums sums{{}, ldc * int64_t(sizeof(float))};
   if (halves.tiles() == 2) {
     for (int i = 0; i < 2; ++i)
-      for (int j = 0; j < 2; ++j) sums.tile[2 * i + j] = c + i * halves.count[0] * rows.ldc + j * kTileRows;
+      for (int j = 0; j < 2; ++j) sums.tile[2 * i + j] = c + i * halves.count[0] * ldc + j * kTileRows;
     configured.become<2, 2>(shape);
     multiply_tiles<2, 2>(left, right, steps, begin != 0, sums, {});
     return;
@@ -167,7 +167,8 @@ void multiply_full_panels(const Rows& rows, const char* weights, int64_t panels,
       const char* panel[2];
       for (int i = 0; i < count; ++i) panel[i] = find(weights + (p + i) * panel_bytes, i);
       for (int64_t group = 0; group < rows.groups.count; ++group)
-        multiply_panels(rows, group, panel, count, begin, steps, column + p * kPanel, configured);
+        multiply_panels(rows, group, panel, count, begin, steps, rows.sums(group) + column + p * kPanel, rows.ldc,
+                        configured);
     }
   };
   // A block along the reduction passes over all strips before the next one: its slice of A stays in the L2 cache.
@@ -195,15 +196,13 @@ void multiply_short_panel(const Rows& rows, const char* weights, int64_t columns
       expand_tail(weights + (begin + s) * kStep * columns * int64_t(sizeof(bf16)), columns,
                   begin + s < whole ? kStep : rows.d % kStep, full + s * kPanelStep);
     for (int64_t group = 0; group < rows.groups.count; ++group) {
-      const int64_t first = rows.groups.first_row(group), count = rows.groups.rows(group);
-      float* const c = rows.c + first * rows.ldc + column;
+      const int64_t count = rows.groups.rows(group);
+      float* const c = rows.sums(group) + column;
       if (begin != 0)
         for (int64_t i = 0; i < count; ++i)
           __builtin_memcpy(sums + i * kPanel, c + i * rows.ldc, size_t(columns) * sizeof(float));
-      Rows into = rows;
-      into.c = sums - first * kPanel, into.ldc = kPanel;
       const char* const panel = full;
-      multiply_panels(into, group, &panel, 1, begin, steps, 0, configured);
+      multiply_panels(rows, group, &panel, 1, begin, steps, sums, kPanel, configured);
       for (int64_t i = 0; i < count; ++i)
         __builtin_memcpy(c + i * rows.ldc, sums + i * kPanel, size_t(columns) * sizeof(float));
     }
@@ -303,8 +302,7 @@ void store_transposed(const Rows& rows, int64_t group, const Strip& strip, const
       VF v[kTileRows];
       for (int r = 0; r < kTileRows; ++r) v[r] = load<VF>(sums.tile[i * halves.tiles() + j] + r * kTileRows);
       transpose(v);
-      float* const c =
-          rows.c + (rows.groups.first_row(group) + j * halves.count[0]) * rows.ldc + column + i * kTileRows;
+      float* const c = rows.sums(group) + j * halves.count[0] * rows.ldc + column + i * kTileRows;
       for (int r = 0; r < halves.count[j]; ++r) store_n(c + r * rows.ldc, v[r], strip.rows);
     }
 }

@@ -157,8 +157,6 @@ struct Int4Codes {
   static Bytes load(const char* p) { return nibbles(p); }
 };
 
-float from_e8m0(uint8_t code) { return bits_float(code == 255 ? 0x7fc00000u : code == 0 ? 1u << 22 : code << 23); }
-
 // Places in the workspace for kColumns columns of d elements.
 struct Space {
   int64_t deep, groups;  // elements in whole decoded pieces; groups
@@ -168,10 +166,6 @@ struct Space {
   float* scale(char* base) const { return reinterpret_cast<float*>(base + deep * kColumns); }
   float* offset(char* base) const { return scale(base) + groups * kColumns; }
 };
-
-int64_t matrix_row(const Weights& w, int64_t j) {
-  return j < w.split ? w.first_row + j * w.row_step : w.second_row + (j - w.split) * w.row_step;
-}
 
 // Decodes one vector of columns; columns past `count` repeat the last one.
 template <class C>

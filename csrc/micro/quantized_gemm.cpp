@@ -147,8 +147,6 @@ Tile tile_of(int rows, bool full) {
   return tiles[full][rows - 1];
 }
 
-float from_e8m0(uint8_t code) { return bits_float(code == 255 ? 0x7fc00000u : code == 0 ? 1u << 22 : code << 23); }
-
 // Elements that a block takes: those that share a scale, or any number, since then the groups of a block are taken
 // relative to one another, or the whole row shares one.
 template <class C>
@@ -240,11 +238,6 @@ void decode_row(const Row& row, const Reduction& r, char* out) {
     for (int64_t s = begin; s < end; ++s) A::store(out + s * Paneled<A>::bytes, Source::load(row, s, b));
   }
   if (r.tail) A::store(out + r.whole * Paneled<A>::bytes, Source::load_tail(row, r.whole, r.blocks - 1, r.tail));
-}
-
-// Row n of the run that column j of C is in.
-int64_t matrix_row(const Weights& w, int64_t j) {
-  return j < w.split ? w.first_row + j * w.row_step : w.second_row + (j - w.split) * w.row_step;
 }
 
 template <class A, template <class> class Codec>

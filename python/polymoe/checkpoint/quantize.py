@@ -88,7 +88,7 @@ def quantize(source: str | Path, target: str | Path, format: str, *, progress: b
     source, target = Path(source), Path(target)
     checkpoint = Checkpoint(source, progress=progress)
     shards = _plan(checkpoint, parse(FORMATS[format]))
-    _begin(target, source, format, {path.name for path, _ in shards})
+    _begin(target, source, format)
     with open(target / UNFINISHED, "rb") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -130,19 +130,16 @@ def _matrix(entry: Entry, where: Place, layer: Layer, sizes: Sizes, format: Form
     parts = [format.scale_shape(N // 2, D)] * 2 if halves else [format.scale_shape(N, D)]
     scale = Planned(format.scale_dtypes[0], (*lead, sum(rows for rows, *_ in parts), *parts[0][1:]))
     data = Planned(format.data_dtypes[0], (*lead, N, format.data_width(D)))
+    names = entry.name, f"{entry.name}_scale_inv"
+    if re.search(r"\.w[123]\.weight$", entry.name):
+        names = entry.name, f"{entry.name.removesuffix('weight')}scale"
     if format.name == "mxfp4" and layer.interleaved:
         names = f"{entry.name}_blocks", f"{entry.name}_scales"
         data = Planned(torch.uint8, (*lead, N, D // GROUP, GROUP // 2))
         scale = Planned(torch.uint8, scale.shape)
-    elif where.expert is None:
-        names = entry.name, f"{entry.name}_scale_inv"
-    elif re.search(r"\.w[123]\.weight$", entry.name):
-        names = entry.name, f"{entry.name.removesuffix('weight')}scale"
-    else:
-        names = entry.name, f"{entry.name}_scale_inv"
-    if format.name == "mxfp4" and not layer.interleaved:
+    elif format.name == "mxfp4":
         data = Planned(torch.int8, data.shape)
-    if format.name.startswith("fp8"):
+    elif format.name.startswith("fp8"):
         scale = Planned(torch.float32, scale.shape)
     plan = dict(zip(names, (data, scale), strict=True))
     return _Matrix(entry, format, halves, layer.storage.transposed, plan)
@@ -166,7 +163,7 @@ def _convert(plan: _Plan) -> Iterator[tuple[str, Tensor]]:
             yield item.name, item.read()
 
 
-def _begin(target: Path, source: Path, format: str, shards: set[str]) -> None:
+def _begin(target: Path, source: Path, format: str) -> None:
     """Makes the folder, or checks that it was left by the same run. The mark in it names source and format."""
     files = sorted((path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in source.iterdir())
     mark = json.dumps({"source": str(source.resolve()), "format": format, "files": files})

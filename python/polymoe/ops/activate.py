@@ -11,6 +11,7 @@ from polymoe.hal.select import select
 from polymoe.ops import _check as check_that
 from polymoe.ops._library import Gradient, define_op, public
 from polymoe.ops.plan import Plan
+from polymoe.reference._arithmetic import arithmetic_dtype
 
 
 class Kind(NamedTuple):
@@ -130,7 +131,7 @@ def fake_backward(
     weights: Tensor | None = None,
     need_weights: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    wide = torch.float64 if h.dtype == torch.float64 else torch.float32
+    wide = arithmetic_dtype(h.dtype)
     d_weights = h.new_empty(weights.shape if need_weights and weights is not None else (0,), dtype=wide)
     return h.new_empty(h.shape), d_weights
 

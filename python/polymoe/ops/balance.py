@@ -11,6 +11,7 @@ from torch import Tensor
 
 from polymoe.ops import _check as check_that
 from polymoe.ops.plan import check_ids, plan
+from polymoe.reference._arithmetic import arithmetic_dtype
 
 
 def expert_counts(ids: Tensor, num_experts: int) -> Tensor:
@@ -62,7 +63,7 @@ def balance_loss(scores: Tensor, ids: Tensor, alpha: float = 1e-4, token_mask: T
     first = torch.arange(B, device=ids.device)[:, None, None] * E
     counts = expert_counts((first + ids).where((ids >= 0) & (ids < E), -1).reshape(B * T, K), max(B, 1) * E)
 
-    s = scores.reshape(B, T, E).to(_wide(scores))
+    s = scores.reshape(B, T, E).to(arithmetic_dtype(scores.dtype))
     share = s / s.sum(dim=-1, keepdim=True).clamp(min=torch.finfo(s.dtype).tiny)
     if token_mask is None:
         tokens = torch.full((B, 1), T, dtype=s.dtype, device=s.device)
@@ -122,7 +123,7 @@ def switch_loss(probabilities: Tensor, ids: Tensor, alpha: float = 1e-2, token_m
     """
     _check_loss("switch_loss", "probabilities", probabilities, ids, token_mask, sequences=False)
     E = probabilities.shape[1]
-    p = probabilities.to(_wide(probabilities))
+    p = probabilities.to(arithmetic_dtype(probabilities.dtype))
     if token_mask is not None:
         ids, p = ids.where(token_mask[:, None], -1), p.where(token_mask[:, None], 0)
     tokens = (p.new_tensor(p.shape[0]) if token_mask is None else token_mask.sum()).to(p.dtype).clamp(min=1)
@@ -148,7 +149,7 @@ def z_loss(logits: Tensor, alpha: float = 1e-3, token_mask: Tensor | None = None
     op = "z_loss"
     check_that.dtype(op, "logits", logits, check_that.FLOATS)
     check_that.shape(op, "logits", logits, {"T": None, "E": None})
-    z = logits.to(_wide(logits))
+    z = logits.to(arithmetic_dtype(logits.dtype))
     if token_mask is None:
         squares = torch.logsumexp(z, dim=1).square()
         return alpha * squares.sum() / max(z.shape[0], 1)
@@ -158,10 +159,6 @@ def z_loss(logits: Tensor, alpha: float = 1e-3, token_mask: Tensor | None = None
     # Masked before the logarithm too, so that nothing a padding row holds reaches the gradient.
     squares = torch.logsumexp(z.where(token_mask[:, None], 0), dim=1).square().where(token_mask, 0)
     return alpha * squares.sum() / token_mask.sum().clamp(min=1)
-
-
-def _wide(like: Tensor) -> torch.dtype:
-    return torch.float64 if like.dtype == torch.float64 else torch.float32
 
 
 def update_bias(bias: Tensor, counts: Tensor, gamma: float = 1e-3) -> Tensor:

@@ -11,6 +11,7 @@ from polymoe.ops._library import define_op
 from polymoe.ops.activate import KINDS, activate_backward
 from polymoe.ops.activate import check as check_activate
 from polymoe.ops.grouped_mm_gradient import check_dx, grouped_mm_dx
+from polymoe.reference._arithmetic import arithmetic_dtype
 
 
 def check(
@@ -61,7 +62,7 @@ def fake(
     need_activation: bool = False,
     need_weights: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    d_weights = rows.new_empty(slot_row.shape if need_weights else (0,), dtype=_wide(rows))
+    d_weights = rows.new_empty(slot_row.shape if need_weights else (0,), dtype=arithmetic_dtype(rows.dtype))
     activated = rows.new_empty((rows.shape[0], down.shape[2]) if need_activation else (0,))
     return rows.new_empty(pre_activation.shape), activated, d_weights
 
@@ -84,17 +85,13 @@ def compose(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     act = (kind, alpha, limit, interleaved, row_slot, weights)
-    d_activation = grouped_mm_dx(rows, down.mT, offs, _wide(rows), backend=backend)
+    d_activation = grouped_mm_dx(rows, down.mT, offs, arithmetic_dtype(rows.dtype), backend=backend)
     d_pre, d_weights = activate_backward(pre_activation, d_activation, *act, need_weights, backend=backend)
     del d_activation
     activated = rows.new_empty(0)
     if need_activation:
         activated = torch.ops.polymoe.activate(pre_activation, *act, rows.dtype, backend=backend)
     return d_pre, activated, d_weights
-
-
-def _wide(like: Tensor) -> torch.dtype:
-    return torch.float64 if like.dtype == torch.float64 else torch.float32
 
 
 # From the gradient of the down projection's output, rows [S, H], with down [E, H, I] and pre_activation [S, 2I] or

@@ -254,8 +254,10 @@ def experts(
     """
     chosen = select("experts", x, (activation, weight_placement, weight_format, mode), backend)
     lora = (gate_up_lora_a, gate_up_lora_b, down_lora_a, down_lora_b)
-    tensors = (x, gate_up, down, weights, gate_up_bias, down_bias, *lora)
-    save = not recompute and torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    save = False
+    if torch.is_grad_enabled() and not recompute:
+        tensors = (x, gate_up, down, weights, gate_up_bias, down_bias, *lora)
+        save = any(t is not None and t.requires_grad for t in tensors)
     arguments = (
         x,
         gate_up,

@@ -20,6 +20,7 @@ from polymoe.ops.down_backward import down_backward
 from polymoe.ops.grouped_mm_gradient import grouped_mm_dx
 from polymoe.ops.quantized_backward import quantized_backward
 from polymoe.ops.row_dot import row_dot
+from polymoe.reference._arithmetic import arithmetic_dtype
 
 OPTIONS = (
     "activation",
@@ -118,7 +119,7 @@ def gradients(ctx: Any, grad: Tensor, *unused: None) -> dict[str, Tensor]:
         )
         found["down_bias"] = _sums(weighted, ends, options.down_bias_dtype, backend)
     if saved.down_bias is not None:  # the output of a row is its product and the bias
-        found["weights"] = found["weights"] + _bias_dot(saved, rows, backend)
+        found["weights"] = found["weights"] + bias_dot(saved.down_bias, rows, ends, saved.slot_row, backend)
     if "weights" in found:
         found["weights"] = found["weights"].to(saved.weights.dtype)
     return found
@@ -140,7 +141,7 @@ def _through_down(
         return results
     I = saved.pre_activation.shape[1] // (2 if KINDS[options.activation].gated else 1)
     down_weight = (saved.down, saved.down_scale, saved.down_zero)
-    d_activation = _through(rows, down_weight, I, ends, options, backend)
+    d_activation = through(rows, down_weight, I, ends, options, backend)
     d_pre, d_weights = activate_backward(saved.pre_activation, d_activation, *act, need[1], backend=backend)
     return d_pre, rows.new_empty(0), d_weights  # quantised weights are frozen
 
@@ -178,7 +179,7 @@ def _through_gate_up(
         found["gate_up_bias"] = _sums(d_pre, ends, options.gate_up_bias_dtype, backend)
     if needs["x"] or (at_input and needs["weights"]):
         gate_up = (saved.gate_up, saved.gate_up_scale, saved.gate_up_zero)
-        d_rows = _through(d_pre, gate_up, options.hidden, ends, options, backend)
+        d_rows = through(d_pre, gate_up, options.hidden, ends, options, backend)
         if needs["x"]:
             found["x"] = ops.combine(d_rows, saved.slot_row, factors, options.dtype, backend=backend)
         if at_input and needs["weights"]:
@@ -186,17 +187,17 @@ def _through_gate_up(
     return found
 
 
-def _through(
+def through(
     rows: Tensor, weight: tuple[Tensor, Tensor | None, Tensor | None], D: int, ends: Tensor, options: Any, backend: str
 ) -> Tensor:
     """[S, D]: rows [S, N] sent back through a projection [E, N, D], given as data, scale and zero points."""
     data, scale, zero = weight
     if scale is None:
         plain = data if options.transposed else data.mT  # [E, D, N]
-        product: Tensor = grouped_mm_dx(rows, plain, ends, _wide(rows), backend=backend)
+        product: Tensor = grouped_mm_dx(rows, plain, ends, arithmetic_dtype(rows.dtype), backend=backend)
         return product
     back: Tensor = quantized_backward(
-        rows, data, scale, zero, ends, D, options.weight_format, _wide(rows), backend=backend
+        rows, data, scale, zero, ends, D, options.weight_format, arithmetic_dtype(rows.dtype), backend=backend
     )
     return back
 
@@ -204,19 +205,14 @@ def _through(
 def _sums(rows: Tensor, ends: Tensor, dtype: torch.dtype, backend: str) -> Tensor:
     """[E, columns]: the sums over the rows of each expert, in float32, as a product with ones."""
     ones = torch.ones((1, rows.shape[0]), dtype=rows.dtype, device=rows.device)
-    sums: Tensor = torch.ops.polymoe.grouped_mm(ones, rows, ends, None, _wide(rows), backend=backend)
+    sums: Tensor = torch.ops.polymoe.grouped_mm(ones, rows, ends, None, arithmetic_dtype(rows.dtype), backend=backend)
     return sums.squeeze(1).to(dtype)
 
 
-def _wide(like: Tensor) -> torch.dtype:
-    return torch.float64 if like.dtype == torch.float64 else torch.float32
-
-
-def _bias_dot(saved: Saved, rows: Tensor, backend: str) -> Tensor:
-    """[T, K]: the dot product of the output's gradient with the down bias of the slot's expert: the column of that
-    expert in the product with all biases, on the same rows."""
-    assert saved.down_bias is not None
-    bias = saved.down_bias.to(rows.dtype).unsqueeze(2)  # [E, H, 1]
-    dots = torch.ops.polymoe.grouped_mm(rows, bias, saved.offsets[1:], None, _wide(rows), backend=backend)
-    row = saved.slot_row.long()
+def bias_dot(bias: Tensor, rows: Tensor, ends: Tensor, slot_row: Tensor, backend: str) -> Tensor:
+    """[T, K]: the dot product of the output's gradient, rows [S, H], with the down bias [E, H] of the slot's expert, as
+    the column of that expert in the product with all biases, on the same rows; 0 for skipped slots."""
+    columns = bias.to(rows.dtype).unsqueeze(2)  # [E, H, 1]
+    dots = torch.ops.polymoe.grouped_mm(rows, columns, ends, None, arithmetic_dtype(rows.dtype), backend=backend)
+    row = slot_row.long()
     return dots[:, 0][row.clamp(min=0)].where(row >= 0, 0)

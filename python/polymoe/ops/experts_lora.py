@@ -15,11 +15,13 @@ from torch import Tensor
 from polymoe.hal.problem import COMPOSED_OPS
 from polymoe.ops import _check as check_that
 from polymoe.ops._library import Gradient, define_op
+from polymoe.ops._weights import check_differentiable
 from polymoe.ops.activate import KINDS, activate_backward
-from polymoe.ops.experts_gradient import _through, _wide
+from polymoe.ops.experts_gradient import bias_dot, through
 from polymoe.ops.grouped_mm_gradient import grouped_mm_dx
 from polymoe.ops.lora import Adapter, check_adapter
 from polymoe.ops.row_dot import row_dot
+from polymoe.reference._arithmetic import arithmetic_dtype
 
 FROZEN = ("gate_up", "down", "gate_up_bias", "down_bias", "gate_up_scale", "down_scale")
 
@@ -99,7 +101,7 @@ def _project(args: Arguments, projection: str, rows: Tensor, ends: Tensor, backe
     how = (args.weight_format, getattr(args, f"{projection}_scale"), getattr(args, f"{projection}_zero"), args.mode)
     plain = weight if args.transposed else weight.mT
     bias, ops = getattr(args, f"{projection}_bias"), torch.ops.polymoe
-    product: Tensor = ops.grouped_mm(rows, plain, ends, bias, _wide(rows), *how, backend=backend)
+    product: Tensor = ops.grouped_mm(rows, plain, ends, bias, arithmetic_dtype(rows.dtype), *how, backend=backend)
     adapter = args.adapter(projection)
     if adapter is None:
         return product, rows.new_empty((rows.shape[0], 0))
@@ -128,9 +130,7 @@ def setup(ctx: Any, given: Any, results: tuple[Tensor, ...]) -> None:
     for name in FROZEN:
         if ctx.needs[name]:
             check_that.fail("experts", name, "a tensor that does not require grad beside an adapter", "one that does")
-    if given.weight_format.startswith("packed"):
-        accepted = '"plain" or a quantised format where a gradient is needed'
-        check_that.fail("experts", "weight_format", accepted, f'"{given.weight_format}"')
+    check_differentiable("experts", given.weight_format, {})
     args = Arguments(**vars(given))
     ctx.mark_non_differentiable(*results[1:])
     tensors = {name: value for name, value in args._asdict().items() if isinstance(value, Tensor)}
@@ -161,7 +161,7 @@ def _adapter_gradients(
     ops, backend = torch.ops.polymoe, ctx.backend
     grad, d_low = grads
     if ctx.needs[f"{projection}_lora_b"]:
-        d_b = ops.grouped_mm(grad.mT, low, ends, None, _wide(grad), backend=backend)
+        d_b = ops.grouped_mm(grad.mT, low, ends, None, arithmetic_dtype(grad.dtype), backend=backend)
         found[f"{projection}_lora_b"] = d_b.mul_(adapter.scale).to(adapter.b.dtype)
     if ctx.needs[f"{projection}_lora_a"] and rows is not None:
         found[f"{projection}_lora_a"] = ops.grouped_mm(d_low.mT, rows, ends, backend=backend)
@@ -169,9 +169,9 @@ def _adapter_gradients(
 
 def _back(grad: Tensor, adapter: Adapter, ends: Tensor, backend: str) -> tuple[Tensor, Tensor]:
     """From the gradient of the result [S, N] to that of the inner rows [S, r], rounded, and of the rows [S, D]."""
-    d_low = grouped_mm_dx(grad, adapter.b.mT, ends, _wide(grad), backend=backend)
+    d_low = grouped_mm_dx(grad, adapter.b.mT, ends, arithmetic_dtype(grad.dtype), backend=backend)
     d_low = d_low.mul_(adapter.scale).to(grad.dtype)
-    return d_low, grouped_mm_dx(d_low, adapter.a.mT, ends, _wide(grad), backend=backend)
+    return d_low, grouped_mm_dx(d_low, adapter.a.mT, ends, arithmetic_dtype(grad.dtype), backend=backend)
 
 
 def gradients(ctx: Any, grad: Tensor, *unused: None) -> dict[str, Tensor]:
@@ -199,7 +199,7 @@ def gradients(ctx: Any, grad: Tensor, *unused: None) -> dict[str, Tensor]:
     if not upstream:
         return found
 
-    d_activation = _through(rows, (args.down, args.down_scale, args.down_zero), I, ends, options, backend)
+    d_activation = through(rows, (args.down, args.down_scale, args.down_zero), I, ends, options, backend)
     if d_low_and_delta is not None:
         d_activation.add_(d_low_and_delta[1])
     need_weights = needs["weights"] and not at_input
@@ -207,9 +207,7 @@ def gradients(ctx: Any, grad: Tensor, *unused: None) -> dict[str, Tensor]:
     if need_weights:
         found["weights"] = d_weights
         if args.down_bias is not None and "output" in place:
-            bias = args.down_bias.to(rows.dtype).unsqueeze(2)
-            dots = ops.grouped_mm(rows, bias, ends, None, _wide(rows), backend=backend)[:, 0]
-            found["weights"] = d_weights + dots[slot_row.long().clamp(min=0)].where(slot_row >= 0, 0)
+            found["weights"] = d_weights + bias_dot(args.down_bias, rows, ends, slot_row, backend)
 
     adapter, delta = args.adapter("gate_up"), None
     if adapter is not None:
@@ -220,7 +218,7 @@ def gradients(ctx: Any, grad: Tensor, *unused: None) -> dict[str, Tensor]:
         _adapter_gradients(found, ctx, "gate_up", adapter, (d_pre, d_low), low, into, ends)
     if needs["x"] or (at_input and needs["weights"]):
         gate_up = (args.gate_up, args.gate_up_scale, args.gate_up_zero)
-        d_rows = _through(d_pre, gate_up, ctx.like.hidden, ends, options, backend)
+        d_rows = through(d_pre, gate_up, ctx.like.hidden, ends, options, backend)
         if delta is not None:
             d_rows.add_(delta)
         if needs["x"]:

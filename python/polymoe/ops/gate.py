@@ -9,6 +9,7 @@ from polymoe.hal.problem import GRADIENT_OPS
 from polymoe.hal.select import select
 from polymoe.ops import _check as check_that
 from polymoe.ops._library import Gradient, define_op, public
+from polymoe.reference._arithmetic import arithmetic_dtype
 
 SCORINGS = ("softmax", "softmax_topk", "sigmoid", "sqrtsoftplus")
 RENORMALIZE = ("none", "max", "add")
@@ -75,7 +76,7 @@ def _check_groups(k: int, E: int, n_group: int, topk_group: int, group_top: int)
 
 
 def fake(logits: Tensor, k: int, *options: object) -> tuple[Tensor, Tensor]:
-    weights_dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
+    weights_dtype = arithmetic_dtype(logits.dtype)
     shape = (logits.shape[0], k)
     return logits.new_empty(shape, dtype=weights_dtype), logits.new_empty(shape, dtype=torch.int32)
 
@@ -96,7 +97,7 @@ def check_backward(
     check(logits, ids.shape[1], scoring, bias, renormalize=renormalize)
     check_that.shape(op, "ids", ids, {"T": logits.shape[0], "K": ids.shape[1]})
     check_that.device(op, "ids", ids, logits)
-    check_that.dtype(op, "grad", grad, (torch.float64 if logits.dtype == torch.float64 else torch.float32,))
+    check_that.dtype(op, "grad", grad, (arithmetic_dtype(logits.dtype),))
     check_that.shape(op, "grad", grad, {"T": logits.shape[0], "K": ids.shape[1]})
     check_that.device(op, "grad", grad, logits)
 

@@ -12,6 +12,7 @@ from polymoe.ops._weights import QUANTIZED, check_differentiable, check_options,
 from polymoe.ops.grouped_mm_gradient import grouped_mm_dx
 from polymoe.ops.lora import check_adapter
 from polymoe.ops.quantized_backward import quantized_backward
+from polymoe.reference._arithmetic import arithmetic_dtype
 
 UNQUANTIZED = ("plain", "packed", "packed_gate_up")
 WEIGHT_FORMATS = (*UNQUANTIZED, *QUANTIZED)
@@ -220,7 +221,7 @@ def grouped_mm(
     check_adapter("grouped_mm", "", lora_a, lora_b, a, b.shape[0], b.shape[2], a.shape[1])
     assert lora_a is not None
     assert lora_b is not None
-    wide = torch.float64 if a.dtype == torch.float64 else torch.float32
+    wide = arithmetic_dtype(a.dtype)
     low = _grouped_mm(a, lora_a.mT, offs, backend=chosen)
     change = _grouped_mm(low, lora_b.mT, offs, None, wide, backend=chosen)
     product = _grouped_mm(a, b, offs, bias, wide, *how, backend=chosen)

@@ -10,6 +10,7 @@ from polymoe.hal.problem import GRADIENT_OPS, OPS
 from polymoe.hal.select import select
 from polymoe.ops import _check as check_that
 from polymoe.ops._library import define_mutable_op, define_op
+from polymoe.reference._arithmetic import arithmetic_dtype
 
 
 def check_dx(grad: Tensor, b: Tensor, offs: Tensor, out_dtype: torch.dtype | None = None) -> None:
@@ -65,7 +66,7 @@ def check_dw(main: Tensor, a: Tensor, grad: Tensor, offs: Tensor) -> None:
 
 
 def compose_dw(main: Tensor, a: Tensor, grad: Tensor, offs: Tensor, *, backend: str) -> None:
-    wide = torch.float64 if a.dtype == torch.float64 else torch.float32
+    wide = arithmetic_dtype(a.dtype)
     product = torch.ops.polymoe.grouped_mm(a.mT, grad, offs, None, wide, backend=backend)
     main.copy_(main.to(wide).add_(product))
 

@@ -8,6 +8,7 @@ from torch import Tensor
 from polymoe.hal.problem import GRADIENT_OPS
 from polymoe.ops import _check as check_that
 from polymoe.ops._library import define_op
+from polymoe.reference._arithmetic import arithmetic_dtype
 
 
 def check(x: Tensor, rows: Tensor, slot_row: Tensor) -> None:
@@ -24,7 +25,7 @@ def check(x: Tensor, rows: Tensor, slot_row: Tensor) -> None:
 
 
 def fake(x: Tensor, rows: Tensor, slot_row: Tensor) -> Tensor:
-    return x.new_empty(slot_row.shape, dtype=torch.float64 if x.dtype == torch.float64 else torch.float32)
+    return x.new_empty(slot_row.shape, dtype=arithmetic_dtype(x.dtype))
 
 
 # out[t, k] = <x[t], rows[slot_row[t, k]]>, [T, K] float32 (float64 for float64); 0 for skipped slots. The order of the

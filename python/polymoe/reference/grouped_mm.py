@@ -66,11 +66,15 @@ def _quantized(
     data, D = b.mT, a.shape[-1]
     rows = in_int8(a) if mode == "int8" else a.double()
     out = rows.new_zeros((*a.shape[:-1], b.shape[-1]))
-    parts: list[Any] = list(range(a.shape[0])) if offs is None else _groups(offs, a.shape[0])
-    for g, part in enumerate(parts):
+    for g, part in enumerate(parts(offs, a.shape[0])):
         weight = expert(data, scale, zero, weight_format, D, g)
         out[part] = rows[part] @ weight.mT + (0 if bias is None else bias[g].double())
     return out
+
+
+def parts(offs: Tensor | None, size: int) -> list[Any]:
+    """Where the groups lie in the first dimension, of `size`: in ranges of rows, or one after the other."""
+    return list(range(size)) if offs is None else _groups(offs, size)
 
 
 def grouped_mm_dx(grad: Tensor, b: Tensor, offs: Tensor, out_dtype: torch.dtype | None = None) -> Tensor:

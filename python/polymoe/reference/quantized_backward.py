@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from polymoe.reference._quantized import expert
+from polymoe.reference.grouped_mm import parts
 
 
 def quantized_backward(
@@ -17,8 +18,6 @@ def quantized_backward(
     out_dtype: torch.dtype | None = None,
 ) -> Tensor:
     out = grad.new_zeros((*grad.shape[:-1], D), dtype=torch.float64)
-    ends = [0] * data.shape[0] if offs is None else offs.tolist()
-    for g, (start, end) in enumerate(zip([0, *ends], ends, strict=False)):
-        rows = g if offs is None else slice(start, end)
+    for g, rows in enumerate(parts(offs, grad.shape[0])):
         out[rows] = grad[rows].double() @ expert(data, scale, zero, weight_format, D, g)
     return out.to(out_dtype or grad.dtype)
