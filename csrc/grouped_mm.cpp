@@ -35,6 +35,9 @@ struct Types {
   Dtype in, out, bias;
   WeightFormat format = WeightFormat::plain;
   bool accumulate = false;
+  bool copies_panels = false;  // plain weights along the columns of the result, into the layout of packed ones
+
+  WeightFormat multiplied() const { return copies_panels ? WeightFormat::packed : format; }
 };
 
 // A part of the rows of a problem.
@@ -75,11 +78,11 @@ void write_sums(const Block& block, const char* sums, int64_t stride, int64_t co
 class Worker {
  public:
   Worker(const LevelTable& table, const Types& types)
-      : table_(table), gemm_(gemm_kernel(table, types.format, types.in)), types_(types) {}
+      : table_(table), gemm_(gemm_kernel(table, types.multiplied(), types.in)), types_(types) {}
 
   static constexpr int64_t kTargetColumns = 192;
   static int64_t rows_of_block(const LevelTable& table, const Types& types, int64_t d) {
-    return block_rows(Panel::row_bytes(gemm_kernel(table, types.format, types.in), d), cache_sizes().l2);
+    return block_rows(Panel::row_bytes(gemm_kernel(table, types.multiplied(), types.in), d), cache_sizes().l2);
   }
 
   void run(const Block& block, int64_t column, int64_t columns) {
@@ -127,6 +130,11 @@ class Worker {
     if (types_.format == WeightFormat::packed)
       return {p.w.data + column * p.d * size, nullptr, columns, 0, p.n - column, nullptr};
     const Operand w = p.w.at(column);
+    if (types_.copies_panels) {
+      char* const panels = scratch(Scratch::weights, columns * p.d * size);
+      gemm_.pack_columns(w.data, w.d_stride, columns, p.d, panels);
+      return {panels, nullptr, columns, 0, columns, nullptr};
+    }
     if (p.w.d_stride == size || p.d <= 1) return {w.data, nullptr, columns, w.row_stride, 0, nullptr};
     char* const copy = scratch(Scratch::weights, columns * p.d * size);
     copy_rows(w, columns, p.d, size, copy);
@@ -344,13 +352,22 @@ std::vector<int64_t> group_ends(const char* op, const at::Tensor& offs, int64_t 
   return ends;
 }
 
-// Whether weights that lie along the columns of the result are multiplied as they lie, or copied to lie along the
-// reduction. Of rows that are cut it must not depend on how many there are.
+// Whether plain weights lie along the columns of the result.
+bool along_columns(const GroupedMm& mm) {
+  return mm.b_stored.format == WeightFormat::plain && mm.b.stride(-1) == 1 && mm.b.stride(-2) != 1 && mm.a.size(-1) > 1;
+}
+
+// Whether the level rather copies them into the layout of packed weights.
+bool copies_panels(const GroupedMm& mm) {
+  const Dtype dtype = kernel_dtype(mm.a.scalar_type());
+  return along_columns(mm) && gemm_kernel(level_table(dtype), WeightFormat::packed, dtype).pack_columns;
+}
+
+// Whether weights that lie along the columns of the result are multiplied as they lie, or copied. Of rows that are cut
+// it must not depend on how many there are.
 bool takes_columns(const GroupedMm& mm) {
-  const bool plain = mm.b_stored.format == WeightFormat::plain, rows_are_cut = mm.a_ragged() && !mm.b_ragged();
-  if (!plain || mm.b.stride(-1) != 1 || mm.b.stride(-2) == 1 || mm.a.size(-1) <= 1) return false;
-  if (rows_are_cut && mm.as_experts) return false;
-  if (active_isa() != Isa::amx || mm.a.scalar_type() != at::kBFloat16) return true;
+  if (!along_columns(mm) || (mm.a_ragged() && !mm.b_ragged() && mm.as_experts)) return false;
+  if (!copies_panels(mm)) return true;
   // A matrix tile repays the copy, but not in a short reduction.
   constexpr int64_t kLong = 64;
   return mm.a_ragged() && mm.b_ragged() && mm.a.size(-1) < kLong * mm.groups;
@@ -402,9 +419,12 @@ void compute(const GroupedMm& mm, const at::Tensor& out) {
     else
       out.narrow(1, end, n - end).zero_();
   }
-  const Types types{kernel_dtype(mm.a.scalar_type()), kernel_dtype(out.scalar_type()),
-                    mm.bias.defined() ? kernel_dtype(mm.bias.scalar_type()) : Dtype::f32, mm.b_stored.format,
-                    mm.accumulate};
+  const Types types{kernel_dtype(mm.a.scalar_type()),
+                    kernel_dtype(out.scalar_type()),
+                    mm.bias.defined() ? kernel_dtype(mm.bias.scalar_type()) : Dtype::f32,
+                    mm.b_stored.format,
+                    mm.accumulate,
+                    copies_panels(mm)};
   if (takes_columns(mm))
     run<ColumnWorker>(problems, types);
   else

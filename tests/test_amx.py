@@ -1,5 +1,5 @@
 """bf16 on AMX tiles: weights are the right operand where they are packed and the left one where they are plain, and
-every length is a tile cut short somewhere."""
+every length is a tile cut short somewhere. Weights along the columns of the result are copied into the packed layout."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ EPSILON = torch.finfo(torch.float32).eps
 
 
 @pytest.mark.parametrize("M", [1, 2, 15, 16, 17, 31, 32, 33, 70, 300])
-def test_plain_and_packed_weights_give_the_same_bits(M: int, seed: int) -> None:
+def test_weights_give_the_same_bits_however_they_lie(M: int, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     with polymoe.force_isa_level("amx"):
         for N in (1, 15, 16, 31, 32, 33, 100):
@@ -29,7 +29,9 @@ def test_plain_and_packed_weights_give_the_same_bits(M: int, seed: int) -> None:
                 packed = polymoe.grouped_mm(
                     a, pack_(w.clone()).mT, ends, out_dtype=torch.float32, weight_format="packed"
                 )
+                columns = polymoe.grouped_mm(a, w.mT.contiguous(), ends, out_dtype=torch.float32)
                 assert torch.equal(plain, packed), (N, D)
+                assert torch.equal(plain, columns), (N, D)
                 exact, magnitude = a.double() @ w[0].double().T, a.double().abs() @ w[0].double().abs().T
                 assert ((plain - exact).abs() <= D * EPSILON * magnitude).all(), (N, D)
 

@@ -246,6 +246,41 @@ void pack_left(const char* const* rows, int64_t count, int64_t d, char* out) {
   }
 }
 
+// Two elements of the reduction at a time become pairs. They are in rows of memory that are far from one another, so a
+// few later ones are asked for.
+void pack_columns(const char* w, int64_t stride, int64_t n, int64_t d, char* out) {
+  constexpr int64_t kAhead = 16;
+  alignas(64) int16_t order[2][kPanel];
+  for (int i = 0; i < kPanel; ++i)
+    order[i / 16][i % 16 * 2] = int16_t(i), order[i / 16][i % 16 * 2 + 1] = int16_t(i + 32);
+  const __m512i low = _mm512_load_si512(order[0]), high = _mm512_load_si512(order[1]);
+  for (int64_t k = 0; k < d; k += 2) {
+    const char* const even = w + k * stride;
+    for (int64_t column = 0; column < n; column += kPanel) {
+      const int64_t columns = n - column < kPanel ? n - column : kPanel;
+      const __mmask32 mask = __mmask32((uint64_t{1} << columns) - 1);
+      char* const to = out + (column * d + k * columns) * int64_t(sizeof(bf16));
+      const char* const from = even + column * int64_t(sizeof(bf16));
+      for (int64_t row = 0; row < 2 && k + kAhead + row < d; ++row) __builtin_prefetch(from + (kAhead + row) * stride);
+      const __m512i a = _mm512_maskz_loadu_epi16(mask, from);
+      if (k + 1 == d) {
+        _mm512_mask_storeu_epi16(to, mask, a);
+        continue;
+      }
+      const __m512i b = _mm512_maskz_loadu_epi16(mask, from + stride);
+      const __m512i first = _mm512_permutex2var_epi16(a, low, b), second = _mm512_permutex2var_epi16(a, high, b);
+      if (columns == kPanel) {
+        _mm512_storeu_si512(to, first);
+        _mm512_storeu_si512(to + kLine, second);
+        continue;
+      }
+      const uint32_t pairs = (uint32_t{1} << columns) - 1;
+      _mm512_mask_storeu_epi32(to, __mmask16(pairs), first);
+      _mm512_mask_storeu_epi32(to + kLine, __mmask16(pairs >> 16), second);
+    }
+  }
+}
+
 // ---- Plain weights ----
 
 // Row groups whose sums wait in memory while a block of weights passes over them all.
@@ -392,7 +427,8 @@ void pack_right(const char* const* rows, int64_t count, int64_t d, char* out) {
 }  // namespace
 
 const GemmKernel plain_bf16 = {kStep, sizeof(bf16), kMaxRows, 1, pack_right, multiply_plain, nullptr};
-const GemmKernel packed_bf16 = {kStep, sizeof(bf16), kMaxRows, int(kPanel), pack_left, multiply_packed, nullptr};
+const GemmKernel packed_bf16 = {kStep,     sizeof(bf16),    kMaxRows, int(kPanel),
+                                pack_left, multiply_packed, nullptr,  pack_columns};
 
 }  // namespace polymoe::POLYMOE_LEVEL
 #endif

@@ -81,7 +81,11 @@ struct GemmKernel {
   void (*multiply)(const char* a, int64_t m, const Weights& w, int64_t n, int64_t d, void* c, int64_t ldc);
 
   // Bytes of Weights::workspace for rows of `d` elements; null for weights that are not quantised.
-  int64_t (*workspace)(int64_t d);
+  int64_t (*workspace)(int64_t d) = nullptr;
+
+  // Copies W[n, d] of which the `n` rows lie side by side, `stride` bytes from an element to the next along d, to the
+  // layout that the kernel multiplies with. Null where such weights are better multiplied as they lie.
+  void (*pack_columns)(const char* w, int64_t stride, int64_t n, int64_t d, char* out) = nullptr;
 };
 
 // nullptr where the level has no kernel for the dtype (f64 above the portable level).
