@@ -1,5 +1,6 @@
 """bf16 on AMX tiles: weights are the right operand where they are packed and the left one where they are plain, and
-every length is a tile cut short somewhere. Weights along the columns of the result are copied into the packed layout."""
+every length is a tile cut short somewhere. Weights along the columns of the result are copied into the packed
+layout."""
 
 from __future__ import annotations
 
