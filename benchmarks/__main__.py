@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
 
-from benchmarks import compare, plots, report
+from benchmarks import compare, plots, report, tune
 from benchmarks._harness import Bench, add_run_arguments, run
 from benchmarks._options import NO_LEVEL, options, supported_levels
 from benchmarks._report import markdown
@@ -45,6 +45,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add = commands.add_parser("report", help="measure what docs/benchmarks.md shows, and write it")
     report.add_arguments(add)
     add.set_defaults(do=report.main)
+
+    add = commands.add_parser("tune", help="refine the tiles of the Triton kernels for a GPU", allow_abbrev=False)
+    tune.add_arguments(add)
+    add.set_defaults(do=tune.main)
 
     words = list(sys.argv[1:] if arguments is None else arguments)
     if words and words[0].startswith("--") and words[0] != "--help":

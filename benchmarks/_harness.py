@@ -9,6 +9,7 @@ hands its rows back as JSON lines.
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import platform
 import subprocess
@@ -179,6 +180,8 @@ def run(benches: Sequence[Bench], options: Options, given: argparse.Namespace) -
     """Runs benchmarks and prints their reports. Returns the exit status: 1 if a result is wrong, or with --check if a
     requirement is missed or a row is void."""
     rows: list[Row] = []
+    machine = cpu_name() if options.device == "cpu" else gpu.Gpu(options.device).name
+    stem = given.report or ("" if options.device == "cpu" else f"benchmarks-{options.device}")
     progress = Progress(sum(bench.count(options) for bench in benches))
 
     def emit(row: Row) -> None:
@@ -194,8 +197,9 @@ def run(benches: Sequence[Bench], options: Options, given: argparse.Namespace) -
     for bench in benches:
         collect(bench, options, emit)
         if not given.json:
-            machine = cpu_name() if options.device == "cpu" else gpu.Gpu(options.device).name
             print(report(bench.op, [row for row in rows if row.op == bench.op], machine) + "\n", flush=True)
+        if stem:  # after every op, for a run may be stopped
+            write_report(Path(stem), machine, rows)
     wrong = any(row.verdict.startswith("WRONG") for row in rows)
     return int(wrong or (given.check and any(row.failed or row.void for row in rows)))
 
@@ -213,6 +217,11 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--check", action="store_true", help="exit with 1 if a requirement is missed or a row is void")
     parser.add_argument("--json", action="store_true", help="JSON lines in place of tables")
     parser.add_argument("--out", metavar="FILE", help="append the JSON lines to a file")
+    parser.add_argument(
+        "--report",
+        metavar="STEM",
+        help="write all rows to STEM.json and the tables to STEM.md; default on other devices: benchmarks-DEVICE",
+    )
     parser.add_argument("--silent", action="store_true", help="no progress on stderr")
 
 
@@ -234,6 +243,16 @@ def report(op: str, rows: Sequence[Row], machine: str) -> str:
     if judged:
         notes.append(f"{sum(row.verdict == 'pass' for row in judged)} of {len(judged)} judged rows pass.")
     return "\n".join(notes)
+
+
+def write_report(stem: Path, machine: str, rows: Sequence[Row]) -> None:
+    """STEM.json with everything, STEM.md with a section for every op."""
+    whole = {"machine": machine, "torch": torch.__version__, "rows": [json.loads(row.to_json()) for row in rows]}
+    stem.with_name(f"{stem.name}.json").write_text(json.dumps(whole, indent=1) + "\n")
+    lines = [f"# polymoe on {machine}", ""]
+    for op in dict.fromkeys(row.op for row in rows):
+        lines += [f"## {op}", "", report(op, [row for row in rows if row.op == op], machine), ""]
+    stem.with_name(f"{stem.name}.md").write_text("\n".join(lines))
 
 
 def cpu_name() -> str:

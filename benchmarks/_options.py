@@ -66,16 +66,21 @@ class Options:
         return [*words, *(["--quick"] if self.quick else [])]
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
+def add_shapes(parser: argparse.ArgumentParser) -> None:
     names = ", ".join(SHAPES)
     add = parser.add_argument
     add("--shapes", "--shape", nargs="+", metavar="NAME", help=f"all, or some of {names}; w1, w2, w3 for the first")
+    add("--experts", type=int, metavar="E", help="hold so many experts, in place of the number in the shape")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_shapes(parser)
+    add = parser.add_argument
     add("--tokens", nargs="+", metavar="T", help="numbers of tokens, or sweep for 1, 2, 3, 4, 6 ... 8192")
     add("--dtype", nargs="+", choices=DTYPES, default=["bf16"])
     add("--isa", nargs="+", choices=supported_levels(), help="ISA levels; default: avx2 and the best")
     add("--threads", nargs="+", type=int, metavar="N")
     add("--contenders", nargs="+", default=[], metavar="NAME", help="of the op experts; `list` lists them")
-    add("--experts", type=int, metavar="E", help="hold so many experts, in place of the number in the shape")
     add("--backend", nargs="+", choices=registry.backends(), default=[], help="of polymoe")
     add("--device", choices=DEVICES, default="cpu", help="cuda is also AMD's")
     add("--seed", type=int, default=0)
@@ -87,7 +92,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def options(given: argparse.Namespace) -> Options:
     quick = given.quick
     return Options(
-        shapes=_shapes(given.shapes or (MODELS[:1] if quick else MODELS), given.experts),
+        shapes=chosen_shapes(given, MODELS[:1] if quick else MODELS),
         tokens=_tokens(given.tokens or ((1, 16) if quick else (1, 16, 128, 1024))),
         dtypes=tuple(given.dtype),
         levels=tuple(given.isa or default_levels(quick)),
@@ -103,7 +108,9 @@ def options(given: argparse.Namespace) -> Options:
     )
 
 
-def _shapes(names: Sequence[str], experts: int | None) -> tuple[Shape, ...]:
+def chosen_shapes(given: argparse.Namespace, default: Sequence[str] = MODELS) -> tuple[Shape, ...]:
+    """Those that the arguments of `add_shapes` name."""
+    names, experts = given.shapes or default, given.experts
     names = [n for n in SHAPES if n != "tiny"] if list(names) == ["all"] else names
     unknown = [name for name in names if name not in SHAPES and name not in ALIASES]
     if unknown:

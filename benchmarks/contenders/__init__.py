@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 from benchmarks.contenders.base import Plugin, Prepared, Problem
 from benchmarks.contenders.eager import Eager
-from benchmarks.contenders.gpu_peers import Liger, ScatterMoe, VllmTriton
+from benchmarks.contenders.gpu_peers import Liger, MoeOps, ScatterMoe, TritonKernels, VllmTriton
 from benchmarks.contenders.kt_kernel import KtKernel
 from benchmarks.contenders.polymoe import PolymoePlain, PolymoePrepacked
 from benchmarks.contenders.torch_grouped import TorchGrouped
@@ -67,5 +67,7 @@ for _plugin in (
     ScatterMoe(),
     Liger(),
     VllmTriton(),
+    MoeOps(),
+    TritonKernels(),
 ):
     register(_plugin)

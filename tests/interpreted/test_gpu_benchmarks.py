@@ -1,5 +1,6 @@
 """The benchmarks for GPUs: their logic on the CPU, with a made-up device whose clock the tests turn."""
 
+import json
 import sys
 from contextlib import contextmanager
 from dataclasses import replace
@@ -9,9 +10,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 from benchmarks import __main__ as command
-from benchmarks import contenders, gpu, inputs
+from benchmarks import contenders, gpu, inputs, tune
 from benchmarks._case import Bench, Case, Contender
-from benchmarks._harness import argparse, report
+from benchmarks._harness import add_run_arguments, argparse, report, run
 from benchmarks._options import add_arguments, options
 from benchmarks._report import Row
 from benchmarks.contenders import Problem, base
@@ -19,6 +20,8 @@ from benchmarks.layer import exact, gated, make_layer, make_set
 from benchmarks.models import SHAPES
 
 from polymoe.hal.problem import OPS
+from polymoe.kernels import tiles
+from polymoe.kernels.devices import INTERPRETER
 from polymoe.testing.tolerances import relative_frobenius
 
 
@@ -199,12 +202,65 @@ def test_every_op_is_measured(op, seed):
     assert "a made-up GPU" in report(op, rows, made_up(FakeApi()).name)
 
 
-def test_without_a_gpu_it_says_so(capsys):
+@pytest.mark.parametrize("words", [["--device", "cuda", "--quick", "--silent"], ["tune"]], ids=["run", "tune"])
+def test_without_a_gpu_it_says_so(words, capsys):
     if torch.cuda.is_available():
         pytest.skip("there is one")
     with pytest.raises(SystemExit, match="--device cuda: torch sees no such device"):
-        command.main(["--device", "cuda", "--quick", "--silent"])
+        command.main(words)
     assert "polymoe" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("words", [[], ["--report", "mine.v2"]], ids=["default", "named"])
+def test_a_run_leaves_one_json_and_one_markdown_report(words, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(gpu, "Gpu", lambda device: made_up(Ticking()))
+    parser = argparse.ArgumentParser()
+    add_run_arguments(parser)
+    arguments = parser.parse_args(["--device", "cuda", "--quick", "--silent", "--probe-mib", "1", *words])
+    cases = {"one": lambda i: 1.0, "other": lambda i: 1.0 + (i == 3)}
+    benches = [
+        Bench(op, lambda options, call=call: iter([case_of(torch=lambda i: 1.0, polymoe=call)]))
+        for op, call in cases.items()
+    ]
+    assert run(benches, options(arguments), arguments) == 1  # `other` is wrong
+    stem = words[1] if words else "benchmarks-cuda"
+    assert {file.name for file in tmp_path.iterdir()} == {f"{stem}.json", f"{stem}.md"}
+    stored = json.loads((tmp_path / f"{stem}.json").read_text())
+    assert stored["machine"] == "a made-up GPU"
+    assert [(row["op"], row["verdict"]) for row in stored["rows"]] == [("one", "-"), ("other", "WRONG: polymoe")]
+    text = (tmp_path / f"{stem}.md").read_text()
+    assert text.count("\n## ") == 2
+    assert text.count("polymoe.other: a made-up GPU") == capsys.readouterr().out.count("polymoe.other: a made-up") == 1
+
+
+# --- the tuner -------------------------------------------------------------------------------------------------------
+
+
+def test_the_tuner_is_a_command(tmp_path, seed, capsys, monkeypatch):
+    """It shares the seconds among the shapes, keeps what it finds, and says how to use it."""
+    monkeypatch.setattr(tiles, "_refined", {})
+    shapes = {name: replace(SHAPES[name], H=40, I=24, E=3, E_model=3, K=2) for name in ("v4-flash", "gpt-oss-20b")}
+    monkeypatch.setattr(tune, "chosen_shapes", lambda given: tuple(shapes.values()))
+    parser = argparse.ArgumentParser()
+    tune.add_arguments(parser)
+    file, ticks, heights = tmp_path / "tiles.json", iter(range(10_000)), []
+    words = ["--tokens", "6", "--dtype", "f32", "--seconds", "80", "--file", str(file), "--seed", str(seed)]
+    arguments = parser.parse_args(words)
+    arguments.device = "cpu"  # as no user can say; the interpreter's
+
+    def timed(call):
+        heights.append([tiles.choose(tiles.Problem("f32", 12, 3, *size), INTERPRETER).block_m
+                        for size in ((48, 40), (40, 24))])  # fmt: skip
+        return 1.0 / sum(heights[-1])
+
+    assert tune.main(arguments, timed=timed, clock=lambda: float(next(ticks))) == 0
+    assert len(json.loads(file.read_text())["choices"]) == 2  # both shapes have the same problems
+    said = capsys.readouterr()
+    assert f'tuner.load("{file}")' in said.out
+    assert "s left" in said.err
+    assert next(ticks) < 200
+    assert min(heights[-1]) > 16
 
 
 # --- other libraries -------------------------------------------------------------------------------------------------
@@ -248,11 +304,64 @@ def vllm(shape):
     return {"vllm.model_executor.layers.fused_moe.fused_moe": SimpleNamespace(fused_experts=fused_experts)}
 
 
-@pytest.mark.parametrize("library", [scattermoe, liger, vllm])
-def test_other_libraries_are_called_as_they_ask(library, monkeypatch, seed):
+def moe_ops(shape):
+    def permute(x, ids, count, E):
+        assert (count, E, ids.dtype) == (0, shape.E, torch.int32)
+        order = ids.flatten().argsort(stable=True)
+        return x[order // shape.K], order.argsort(), ends_of(ids, E)
+
+    def grouped_gemm(rows, weight, ends):
+        experts = torch.searchsorted(ends, torch.arange(len(rows)), right=True)
+        return torch.stack([weight[e].double() @ row.double() for e, row in zip(experts, rows, strict=True)])
+
+    def unpermute(y, row_id_map, weights, T, K):
+        return (y[row_id_map].view(T, K, -1) * weights[..., None]).sum(1).bfloat16()
+
+    return {"moe_ops": SimpleNamespace(permute=permute, grouped_gemm=grouped_gemm, unpermute=unpermute)}
+
+
+def triton_kernels(shape):
+    def matmul(a, b, bias, a_ragged_metadata, gather_indx=None, scatter_indx=None, fused_activation=None):
+        rows = a if gather_indx is None else a[gather_indx]
+        experts = torch.searchsorted(a_ragged_metadata, torch.arange(len(rows)), right=True)
+        pairs = zip(experts, rows, strict=True)
+        out = torch.stack([row.double() @ b[e].double() + bias[e] for e, row in pairs])
+        if fused_activation is not None:
+            assert fused_activation == ("swiglu", (1.702, shape.limit))
+            out = gated(out, shape)
+        return out if scatter_indx is None else torch.empty_like(out).index_copy_(0, scatter_indx.long(), out)
+
+    def specs(name, fn, arguments, reduction_n):
+        assert (fn, arguments, reduction_n) == ("the activation", ("alpha", "limit"), 2)
+        return name
+
+    library = SimpleNamespace(matmul=matmul, FnSpecs=specs, FusedActivation=lambda specs, given: (specs, given))
+    return {
+        "triton_kernels.matmul": library,
+        "triton_kernels.swiglu": SimpleNamespace(swiglu_fn="the activation"),
+        "triton_kernels.tensor": SimpleNamespace(make_ragged_tensor_metadata=lambda sizes, S: sizes.cumsum(0)),
+    }
+
+
+def ends_of(ids, E):
+    return ids.flatten().bincount(minlength=E).cumsum(0)
+
+
+# The module of each, its name on the command line, a shape that it can compute, and one that it cannot.
+PEERS = [
+    (scattermoe, "scattermoe", "v4-flash", "gpt-oss-20b"),
+    (liger, "liger", "v4-flash", "gpt-oss-20b"),
+    (vllm, "vllm", "v4-flash", "gpt-oss-20b"),
+    (moe_ops, "moe-ops", "v4-flash", "gpt-oss-20b"),
+    (triton_kernels, "triton_kernels", "gpt-oss-20b", "v4-flash"),
+]
+
+
+@pytest.mark.parametrize(("library", "name", "served", "refused"), PEERS)
+def test_other_libraries_are_called_as_they_ask(library, name, served, refused, monkeypatch, seed):
     """Made-up modules that compute what the libraries document."""
-    name, source = library.__name__, inputs.generator(seed)
-    shape = replace(SHAPES["v4-flash"], H=32, I=16, E=4, K=2)
+    source = inputs.generator(seed)
+    shape = replace(SHAPES[served], H=32, I=16, E=4, K=2)
     problem = Problem(shape, "bf16", "sm_90", best_level=False, device="cuda")
     assert "not installed" in contenders.choose(problem, [name])[1][name]
     assert "it runs on cuda" in contenders.choose(replace(problem, device="cpu"), [name])[1][name]
@@ -263,5 +372,5 @@ def test_other_libraries_are_called_as_they_ask(library, monkeypatch, seed):
     layer, one = make_layer(shape, torch.bfloat16, source), make_set(shape, 5, torch.bfloat16, source)
     prepared = plugin.prepare(layer)
     assert relative_frobenius(prepared.run(prepared.convert(one)), exact(layer, *one)) < 2**-8
-    other = replace(problem, shape=SHAPES["gpt-oss-20b"])
-    assert contenders.choose(other, [name])[1][name] == "no activation swiglu_oai"
+    other = replace(problem, shape=SHAPES[refused])
+    assert contenders.choose(other, [name])[1][name] == f"no activation {SHAPES[refused].activation}"
