@@ -23,7 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", choices=inputs.DTYPES, default="bf16")
     parser.add_argument("--device", choices=("cuda", "xpu"), default="cuda", help="cuda is also AMD's")
     parser.add_argument("--seconds", type=float, default=600.0, help="of all shapes together; then it stops")
-    parser.add_argument("--file", type=Path, default=Path("tiles.json"), help="that keeps what is found; it is added to")
+    parser.add_argument("--file", type=Path, default=Path("tiles.json"), help="to which it adds what it finds")
     parser.add_argument("--seed", type=int, default=0)
 
 
