@@ -12,9 +12,11 @@ from polymoe.kernels.combine import combine
 from polymoe.kernels.devices import Device, current
 from polymoe.kernels.dispatch import dispatch
 from polymoe.kernels.grouped_mm import multiply_rows
+from polymoe.kernels.grouped_mm_quantized import multiply_quantized_rows
 from polymoe.kernels.operands import along_d, arithmetic, described, described_weights, precision, strides
 from polymoe.kernels.plan import plan
 from polymoe.kernels.product import product
+from polymoe.kernels.quantized import Stored
 from polymoe.kernels.schedule import ENTRY, at, dealt, most_tiles, programs, row_tiles, table_entry, tile_at
 from polymoe.kernels.tiles import Problem, Tiles, choose
 
@@ -35,27 +37,36 @@ def experts(
     weight_placement: str = "output",
     save: bool = False,
     weight_format: str = "plain",
+    gate_up_scale: Tensor | None = None,
+    down_scale: Tensor | None = None,
+    gate_up_zero: Tensor | None = None,
+    down_zero: Tensor | None = None,
+    mode: str = "weight_only",
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    assert weight_format == "plain"  # the backend declines others
+    assert mode == "weight_only"  # the backend declines others
 
     def weights_at(placement: str) -> Tensor | None:
         return weights if weight_placement == placement else None
 
-    if not transposed:
-        gate_up, down = gate_up.mT, down.mT
-    (T, K), (E, I, H) = ids.shape, down.shape
+    (T, K), E, H = ids.shape, gate_up.shape[0], x.shape[1]
     S, device = T * K, current(x.device)
-    first = choose(Problem(arithmetic(x, gate_up, device), S, E, gate_up.shape[2], H), device)
-    second = choose(Problem(arithmetic(x, down, device), S, E, H, I), device)
+    up: Tensor | Stored = gate_up if transposed else gate_up.mT
+    back: Tensor | Stored = down if transposed else down.mT
+    if gate_up_scale is not None and down_scale is not None:
+        up = Stored(gate_up, gate_up_scale, gate_up_zero, weight_format, H)
+        width = up.shape[2] if activation in UNGATED else up.shape[2] // 2
+        back = Stored(down, down_scale, down_zero, weight_format, width)
+    (_, _, P), (_, I, _) = up.shape, back.shape
+    first, second = (_tiles(x, weight, S, device) for weight in (up, back))
 
     offsets, row_slot, slot_row = plan(ids, E)
     table = row_tiles(offsets[1:], S, first.block_m, padding=save)
     a = x.new_empty((S, I))
-    pre_activation = x.new_empty((S, gate_up.shape[2]) if save else (0,))
+    pre_activation = x.new_empty((S, P) if save else (0,))
     gathered = weight_placement != "input"
     _multiply_and_activate(
         x if gathered else dispatch(x, row_slot, slot_row, weights),
-        gate_up,
+        up,
         gate_up_bias,
         a,
         pre_activation if save else None,
@@ -72,7 +83,10 @@ def experts(
     if second.block_m != first.block_m:
         table = row_tiles(offsets[1:], S, second.block_m, padding=False)
     y = x.new_empty((S, H), dtype=torch.float32)
-    multiply_rows(a, down, table, down_bias, y, second)
+    if isinstance(back, Stored):
+        multiply_quantized_rows(a, back, table, down_bias, y, second)
+    else:
+        multiply_rows(a, back, table, down_bias, y, second)
     out = combine(y, slot_row, weights_at("output"), x.dtype)
     if save:
         return out, pre_activation, offsets, row_slot, slot_row
@@ -80,9 +94,16 @@ def experts(
     return out, pre_activation, none[0], none[1], none[2]
 
 
+def _tiles(x: Tensor, weight: Tensor | Stored, S: int, device: Device) -> Tiles:
+    if isinstance(weight, Stored):
+        return weight.tiles(x, S)
+    E, D, N = weight.shape
+    return choose(Problem(arithmetic(x, weight, device), S, E, N, D), device)
+
+
 def _multiply_and_activate(
     x: Tensor,
-    gate_up: Tensor,
+    gate_up: Tensor | Stored,
     bias: Tensor | None,
     out: Tensor,
     pre_activation: Tensor | None,
@@ -99,11 +120,19 @@ def _multiply_and_activate(
     """out[r] = activation(x[r] @ gate_up[g] + bias[g]) for the rows r of every group g of the table.
 
     x [T, H], whose row of slot s is s // K; without K [S, H], sorted by expert already
-    gate_up [E, H, 2I] or [E, H, I], out [S, I], pre_activation [S, 2I] or [S, I]
+    gate_up [E, H, 2I] or [E, H, I], plain or quantised, out [S, I], pre_activation [S, 2I] or [S, I]
     """
     (E, H, P), (S, I) = gate_up.shape, out.shape
     most = most_tiles(S, E + 1, tiles.block_m) * cdiv(P, tiles.block_n)
     if most == 0:
+        return
+    if isinstance(gate_up, Stored):
+        from polymoe.kernels.experts_quantized import multiply_quantized_and_activate  # it imports this module
+
+        multiply_quantized_and_activate(
+            x, gate_up, bias, out, pre_activation, table, row_slot, weights, K, kind, alpha_limit, interleaved, tiles,
+            programs(most, tiles, device),
+        )  # fmt: skip
         return
     gated = kind not in UNGATED
     halves = gated and not interleaved

@@ -9,8 +9,10 @@ from torch import Tensor
 
 from polymoe.kernels._launch import OPTIONS, cdiv, index_type
 from polymoe.kernels.devices import current
+from polymoe.kernels.grouped_mm_quantized import grouped_mm_quantized
 from polymoe.kernels.operands import along_d, arithmetic, described, described_weights, precision, reach, strides
 from polymoe.kernels.product import product
+from polymoe.kernels.quantized import Stored
 from polymoe.kernels.schedule import ENTRY, at, dealt, most_tiles, programs, row_tiles, table_entry, tile_at
 from polymoe.kernels.tiles import Problem, Tiles, choose
 
@@ -22,9 +24,14 @@ def grouped_mm(
     bias: Tensor | None = None,
     out_dtype: torch.dtype | None = None,
     weight_format: str = "plain",
+    scale: Tensor | None = None,
+    zero: Tensor | None = None,
+    mode: str = "weight_only",
 ) -> Tensor:
-    assert weight_format == "plain"  # the backend declines others
+    assert mode == "weight_only"  # the backend declines others
     dtype = out_dtype or a.dtype
+    if scale is not None:
+        return grouped_mm_quantized(a, Stored(b.mT, scale, zero, weight_format, a.shape[-1]), offs, bias, dtype)
     M, N = a.shape[-2], b.shape[-1]
     if a.dim() == b.dim():
         G = a.shape[0] if offs is None else offs.shape[0]

@@ -120,6 +120,9 @@ RULES: dict[tuple[str, str], Rule] = {
 
 BYTES = {"bf16": 2, "f16": 2, "tf32": 4, "f32": 4}
 SMALLEST_N = 16
+LONGEST_STEP = 128  # along the reduction, of quantised weights
+# Columns at most of a tile of quantised weights, where a thread would hold too many scales beside two accumulators.
+NARROWER = {"sm_90": 64, "sm_100": 64}
 STAGED_IN_REGISTERS = ("gfx942", "gfx1100", "gfx1200")
 
 
@@ -200,6 +203,15 @@ def closed_form(problem: Problem, device: Device, widest: int | None = None) -> 
         nonkdim=its.nonkdim,
         registers=most_registers(problem, device, persistent),
     )
+
+
+def choose_quantized(problem: Problem, device: Device, group: int | None) -> Tiles:
+    """For weights of codes, of which `group` along the reduction share a scale (None: all). Pointers read them, and a
+    step is no longer than a group, nor than what a fresh accumulator sums with a small rounding error. Not refined."""
+    tiles = closed_form(problem, device, NARROWER.get(device.family))
+    step = min(tiles.block_k, group or LONGEST_STEP, LONGEST_STEP)
+    registers = MOST_REGISTERS if device.family.startswith("sm_") else 0
+    return replace(tiles, block_k=step, descriptors=False, persistent=False, registers=registers)
 
 
 def most_registers(problem: Problem, device: Device, persistent: bool) -> int:

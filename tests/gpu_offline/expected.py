@@ -9,7 +9,8 @@ from tests.gpu_offline.assembly import Facts
 
 from polymoe.kernels.devices import TARGETS
 
-PRODUCTS = ("grouped_mm", "gate_up", "down_backward")
+QUANTIZED = ("quantized_mm", "quantized_gate_up")
+PRODUCTS = ("grouped_mm", "gate_up", "down_backward", *QUANTIZED)
 
 # Matrix instructions by target and arithmetic; None where multiply-adds do the work.
 _MMA_SYNC = {
@@ -48,6 +49,10 @@ ACTIVATING = ("down_backward",)
 # Triton 3.9 copies these to shared memory by 4 bytes, because of the order in which the instruction reads them.
 NARROW = (("gfx950", "f32"),)
 
+# What quantised weights load beside 16 bytes: a scale of a byte or a float for every column; and codes of 4 bits by 8
+# bytes, where there are as many threads as that takes.
+SCALES = ("1", "4", "8")
+
 
 def complaints(name: str, arithmetic: str, described: int, target: str, facts: Facts) -> list[str]:
     """What is wrong with a kernel that reads `described` operands through descriptors; empty if nothing is."""
@@ -67,15 +72,15 @@ def complaints(name: str, arithmetic: str, described: int, target: str, facts: F
         found.append(f"more than one matrix instruction: {', '.join(facts.matrix)}")
     if name in PRODUCTS:
         hidden = name in ACTIVATING and not facts.matrix
-        found += _loads(described, hidden or (target, arithmetic) in NARROW, facts)
+        found += _loads(described, hidden or (target, arithmetic) in NARROW, SCALES if name in QUANTIZED else (), facts)
     return found
 
 
-def _loads(described: int, narrow_too: bool, facts: Facts) -> list[str]:
+def _loads(described: int, narrow_too: bool, others: Sequence[str], facts: Facts) -> list[str]:
     found = []
     if (described > 0) != ("tma" in facts.loads):
         found.append(f"{described} operands with descriptors, and {facts.loads.get('tma', 0)} bulk copies")
-    narrow = [width for width in facts.loop_loads if width not in ("tma", "16")]
+    narrow = [width for width in facts.loop_loads if width not in ("tma", "16", *others)]
     if narrow and not narrow_too:
         found.append(f"loads of {', '.join(narrow)} bytes in the main loop")
     return found

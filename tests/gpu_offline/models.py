@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from polymoe.formats import parse
+
 DTYPES = {"bf16": torch.bfloat16, "f16": torch.float16, "tf32": torch.float32, "f32": torch.float32}
 # Tokens of a batch, from decode to a long prefill: enough to come by every height of a tile.
 TOKENS = (1, 64, 1024, 8192, 131072)
@@ -161,6 +163,32 @@ def _experts(model: Model, T: int, dtype: torch.dtype) -> Call:
     return Call("experts", model.name, T, run, 2.0 * S * (model.up + model.I) * model.H, weights * size + rows)
 
 
+def _quantized(model: Model, T: int, dtype: torch.dtype, name: str) -> Call:
+    """experts with weights of a format as polymoe.formats stores it."""
+    format, S, size = parse(name), T * model.K, dtype.itemsize
+    codes = torch.float8_e4m3fn if "fp8" in name else torch.int8 if name == "int8" else torch.uint8
+    scales = torch.uint8 if name.startswith("mx") else torch.float32
+
+    def weight(N: int, D: int) -> tuple[Tensor, Tensor]:
+        data = meta(model.E, N, format.data_width(D), dtype=codes)
+        return data, meta(model.E, *format.scale_shape(N, D), dtype=scales)
+
+    (up, up_scale), (down, down_scale) = weight(model.up, model.H), weight(model.H, model.I)
+
+    def run() -> Any:
+        biases = [meta(model.E, n, dtype=dtype) if model.bias else None for n in (model.up, model.H)]
+        numbers = (model.activation, model.alpha, model.limit)
+        x, slots = meta(T, model.H, dtype=dtype), meta(T, model.K, dtype=torch.int32)
+        return op("experts")(
+            x, up, down, meta(T, model.K, dtype=torch.float32), slots, *numbers, *biases, False, model.interleaved,
+            model.placement, False, name, up_scale, down_scale,
+        )  # fmt: skip
+
+    stored = sum(part.nbytes for part in (up, up_scale, down, down_scale)) / model.E * min(model.E, S)
+    rows = 2 * T * model.H * size + S * (2 * model.I * size + 2 * model.H * 4)
+    return Call(f"experts {name}", model.name, T, run, 2.0 * S * (model.up + model.I) * model.H, stored + rows)
+
+
 def backward(model: Model, T: int, dtype: torch.dtype) -> Iterator[Call]:
     """The other forms of grouped_mm: the gradients of the inputs and of the weights, and a batch of products."""
     S, size = T * model.K, dtype.itemsize
@@ -232,6 +260,13 @@ VARIETY = ("deepseek-v3", "deepseek-v4-flash", "gpt-oss-20b", "kimi-k3", "llama-
 LAYOUTS = ("deepseek-v4-flash", "gpt-oss-20b")
 COMPILED = {"bf16": tuple(model.name for model in MODELS), "f32": LAYOUTS, "tf32": LAYOUTS[:1], "f16": LAYOUTS[:1]}
 
+# Formats of weights, as published or on the shapes of a model.
+FORMATS = {
+    "deepseek-v3": ("fp8_block128",),
+    "deepseek-v4-flash": ("mxfp4", "mxfp8", "int8", "int4_g128"),
+    "gpt-oss-20b": ("mxfp4",),
+}
+
 
 def calls(model: Model, T: int, arithmetic: str) -> list[Call]:
     """What is compiled for a model. bf16 stands for the other arithmetics where only the model differs; small ops and
@@ -240,6 +275,8 @@ def calls(model: Model, T: int, arithmetic: str) -> list[Call]:
     if model.name not in COMPILED[arithmetic]:
         return []
     found = [_experts(model, T, dtype)]
+    if arithmetic == "bf16":
+        found += [_quantized(model, T, dtype, name) for name in FORMATS.get(model.name, ())]
     # As tf32 the instructions of sm_90 and sm_100 cannot read weights in this order.
     found += [_down_backward(model, T, dtype)] if model.name in VARIETY and arithmetic != "tf32" else []
     if T in FEW_TOKENS and arithmetic in ("bf16", "f32"):

@@ -30,6 +30,15 @@ class Found:
     model: str
     op: str
 
+    @property
+    def operands(self) -> str:
+        """What a product multiplies: a dtype; and codes, with the number along the reduction that share a scale."""
+        constants = self.launch.constexprs
+        if "CODES" not in constants:
+            return self.arithmetic
+        group = f" by {constants['GROUP']}" if constants["GROUP"] else ""
+        return f"{self.arithmetic} x {constants['CODES']}{group}"
+
 
 def settings(launch: Launch) -> dict[str, Any]:
     """What tells kernels of one name apart, for readers: the constants, warps and stages."""
@@ -55,7 +64,7 @@ def row(found: Sequence[Found], built: Built) -> dict[str, Any]:
     return {
         "target": first.target,
         "kernel": first.launch.name,
-        "arithmetic": first.arithmetic if first.launch.name in PRODUCTS else "",
+        "arithmetic": first.operands if first.launch.name in PRODUCTS else "",
         "id": first.launch.key[:12],
         "settings": settings(first.launch),
         "models": sorted({entry.model for entry in found}),
@@ -71,8 +80,8 @@ def steps(found: Sequence[Found], built: dict[str, Built]) -> list[tuple[tuple[s
         result = built.get(entry.launch.key)
         if entry.launch.name in PRODUCTS and result is not None and result.facts is not None:
             sizes, constants = entry.launch.sizes, entry.launch.constexprs
-            N, D = (sizes["P"], sizes["H"]) if entry.launch.name == "gate_up" else (sizes["N"], sizes["D"])
-            key = (entry.launch.name, entry.arithmetic, str(N), str(D), entry.target)
+            N, D = (sizes["P"], sizes["H"]) if entry.launch.name.endswith("gate_up") else (sizes["N"], sizes["D"])
+            key = (entry.launch.name, entry.operands, str(N), str(D), entry.target)
             instruction = "+".join(sorted(result.facts.matrix)) or "multiply-add"
             rows.append((key, f"{instruction} in steps of {constants['BLOCK_K']}"))
     return rows

@@ -43,8 +43,8 @@ class TritonBackend:
         weight_format = problem.option.get("weight_format", "plain")
         if weight_format.startswith("packed"):
             return "packed weights are laid out for the CPU kernels"
-        if weight_format in importlib.import_module("polymoe.formats").FORMATS:  # by name: it imports the ops
-            return f"it has no kernel for {weight_format} weights"
+        if problem.option.get("mode", "weight_only") != "weight_only":
+            return f'it has no kernel for mode="{problem.option["mode"]}"'
         return _too_old() if problem.device_type == "cuda" else None
 
     def implementation(self, op: str) -> Callable[..., Any]:

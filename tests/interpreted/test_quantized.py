@@ -1,0 +1,183 @@
+"""Triton kernels for quantised weights, by the test bodies of the CPU backend, and checked for bounds and races."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from tests import test_quantized, test_quantized_kernels
+from tests.interpreted.test_products import NoReads
+from tests.test_quantized_kernels import NAMES, dequantized, multiply, weight_of
+from triton.runtime.interpreter import InterpretedFunction
+
+import polymoe
+from polymoe import formats
+from polymoe.formats import Weight
+from polymoe.hal.problem import OPS, Problem
+from polymoe.hal.registry import find
+from polymoe.hal.select import declined
+from polymoe.kernels import _launch, quantized
+from polymoe.kernels.devices import INTERPRETER, TARGETS, pretend
+from polymoe.kernels.tiles import RULES, choose_quantized
+from polymoe.kernels.tiles import Problem as Product
+from polymoe.testing.cases import Random
+from polymoe.testing.conformance.bitwise import check_batch
+from polymoe.testing.targets import Target
+from polymoe.testing.tolerances import assert_same_bits, relative_frobenius
+from polymoe.testing.triton_checker import checked
+
+TRITON = Target("triton")
+F32, BF16 = torch.float32, torch.bfloat16
+
+
+@pytest.fixture(autouse=True)
+def in_bounds():
+    with checked() as found:
+        yield
+    assert found == []
+
+
+def test_the_formats_are_those_of_polymoe():
+    assert set(quantized.FORMATS) == set(formats.FORMATS)
+    for name, format in quantized.FORMATS.items():
+        assert (format.rows, format.group) == formats.parse(name).block
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_code_in_every_place(name, seed):
+    test_quantized_kernels.test_every_code_in_every_place(name, 289, TRITON, seed)
+
+
+@pytest.mark.parametrize("name", ["fp8_block32", "fp8_block128", "mxfp8"])
+def test_nan_codes(name, seed):
+    test_quantized_kernels.test_nan_codes(name, TRITON, seed)
+
+
+@pytest.mark.parametrize("name", ["mxfp4", "mxfp8", "fp8_block32"])
+def test_every_e8m0_scale(name):
+    test_quantized_kernels.test_every_e8m0_scale(name, TRITON)
+
+
+@pytest.mark.parametrize("name", ["mxfp4", "mxfp8"])
+def test_groups_far_apart(name, seed):
+    test_quantized_kernels.test_groups_far_apart(name, TRITON, seed)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
+def test_accuracy(name, dtype, seed):
+    test_quantized_kernels.test_accuracy(name, dtype, TRITON, seed)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_experts_is_the_composition_of_the_small_ops(name, seed):
+    test_quantized_kernels.test_experts_is_the_composition_of_the_small_ops(name, "weight_only", TRITON, seed)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("options", [{"interleaved": True}, {"activation": "relu2"}], ids=str)
+def test_experts_mean_code_times_scale(name, options, seed):
+    test_quantized.test_experts_mean_code_times_scale(name, options, seed)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_grouped_mm_means_code_times_scale(name, seed):
+    test_quantized.test_grouped_mm_means_code_times_scale(name, seed)
+
+
+@pytest.mark.parametrize("name", ["mxfp4", "fp8_block32", "int4_g32"])
+def test_gradients(name, seed):
+    """The forward keeps what the reference's backward through the weights needs."""
+    test_quantized.test_gradients_of_every_backend(name, seed)
+
+
+def test_opcheck(seed):
+    test_quantized.test_opcheck("int4_g32", seed)
+
+
+def test_fp8_scales_of_either_kind(seed):
+    test_quantized_kernels.test_fp8_scales_of_either_kind(TRITON, seed)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
+def test_same_bits_in_any_batch(name, dtype, seed):
+    random = Random(seed)
+    T, N, D = 70, 21, 667
+    a, weight = test_quantized_kernels.cancelling(name, T, N, D, dtype, random)
+    out = multiply(a, weight, TRITON)
+    assert (out != 0).double().mean() > 0.2, "the inputs do not show the order of a sum"
+    check_batch(lambda tokens: multiply(a[tokens], weight, TRITON), T, random, name)
+
+
+@pytest.mark.parametrize("name", ["mxfp4", "int4_g64", "fp8_block64"])
+def test_strides_chiplets_and_64_bit_offsets_change_no_bit(name, seed, monkeypatch):
+    random = Random(seed)
+    weight = weight_of(name, random.integers(0, 16, 3, 40, 130), random)
+    a, ends = random.normal(35, 130), torch.tensor([12, 12, 30])
+    expected = multiply(a, weight, TRITON, ends)
+    assert_same_bits(multiply(a.mT.contiguous().mT, weight, TRITON, ends), expected, "rows along the other way")
+    with pretend(replace(INTERPRETER, chiplets=8)):
+        assert_same_bits(multiply(a, weight, TRITON, ends), expected, "on eight chiplets")
+    monkeypatch.setattr(_launch, "LARGEST_INT32", 0)
+    assert_same_bits(multiply(a, weight, TRITON, ends), expected, "64-bit offsets")
+
+
+def test_nothing_to_do(seed):
+    random = Random(seed)
+    weight = weight_of("mxfp4", random.integers(0, 16, 2, 5, 64), random)
+    how = {"weight_format": "mxfp4", "scale": weight.scale, "backend": "triton"}
+    for a, ends in ((torch.zeros(0, 64), torch.tensor([0, 0])), (torch.zeros(2, 0, 64), None)):
+        out = polymoe.grouped_mm(a, weight.data.mT, ends, **how)
+        assert out.shape == (*a.shape[:-1], 5)
+
+
+def test_the_host_reads_nothing(seed, monkeypatch):
+    monkeypatch.setattr(InterpretedFunction, "run", lambda *args, **options: None)
+    layer = test_quantized.Layer("mxfp4", seed)
+    how = {"weight_format": "mxfp4", "scale": layer.gate_up.scale, "backend": "triton"}
+    with NoReads():
+        polymoe.experts(**layer.arguments, backend="triton")
+        polymoe.grouped_mm(layer.x, layer.gate_up.data.mT, torch.tensor([1, 2, 4, 5]), **how)
+        polymoe.grouped_mm(layer.x.expand(4, *layer.x.shape), layer.gate_up.data.mT, **how)
+
+
+def test_a_narrow_reduction(seed):
+    """Shorter than a group, and odd."""
+    random = Random(seed)
+    for name in NAMES:
+        weight = weight_of(name, random.integers(0, 16, 1, 3, 5), random)
+        a = random.normal(4, 5)
+        assert relative_frobenius(multiply(a, weight, TRITON), a.double() @ dequantized(weight)[0].mT) < 1e-6
+
+
+def test_tf32_rounds_the_rows_alone(seed):
+    """Codes are tf32 numbers, and scales multiply float32 sums."""
+    random, matmul = Random(seed), torch.backends.cuda.matmul
+    weight: Weight = weight_of("mxfp8", random.integers(0, 0x7F, 1, 9, 96), random)
+    a = random.integers(-1000, 1000, 5, 96).float()  # tf32 holds them
+    before, matmul.fp32_precision = matmul.fp32_precision, "tf32"
+    try:
+        out = multiply(a, weight, TRITON)
+    finally:
+        matmul.fp32_precision = before
+    assert_same_bits(out, multiply(a, weight, TRITON), "tf32")
+
+
+@pytest.mark.parametrize(("family", "arithmetic"), sorted(RULES))
+@pytest.mark.parametrize("group", [32, 64, 128, None])
+def test_steps_stay_within_a_group_in_any_batch(family, arithmetic, group):
+    device = TARGETS.get(family, replace(INTERPRETER, family=family))
+    chosen = [choose_quantized(Product(arithmetic, S, 64, 4096, 2048), device, group) for S in (1, 100, 10**4, 10**6)]
+    (step,) = {tiles.block_k for tiles in chosen}
+    assert step <= 128
+    assert group is None or group % step == 0
+    assert {tiles.block_n for tiles in chosen} == {chosen[0].block_n}
+    assert not any(tiles.descriptors or tiles.persistent for tiles in chosen)
+
+
+def test_what_is_served():
+    for op in ("experts", "grouped_mm"):
+        for name in NAMES:
+            for mode, reason in (("weight_only", None), ("int8", 'it has no kernel for mode="int8"')):
+                options = OPS[op].options | {"weight_format": name, "mode": mode}
+                assert declined(find("triton"), Problem(op, "cpu", BF16, tuple(options.values()))) == reason
