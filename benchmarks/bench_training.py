@@ -3,7 +3,8 @@ F.linear over separate parameters, each through autograd.
 
 Run it as `python -m benchmarks.bench_training`; --help lists the options. Transformers' own eager loop takes part where
 experts are few alone: it indexes one parameter that holds all experts, whose gradient autograd then fills with zeros
-once for every expert. The column `kept` is what each saves for its backward beside inputs and weights.
+once for every expert. The column `kept` is what each saves for its backward beside inputs and weights. Gradients are allocated anew in every call, from memory
+that the process has had before.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from torch.nn import functional as F
 import polymoe
 from benchmarks import inputs
 from benchmarks._harness import Bench, Case, Contender, Options, main, ours
+from benchmarks._pages import keep_freed_memory
 from benchmarks.contenders.eager import eager
 from benchmarks.contenders.torch_grouped import grouped
 from benchmarks.inputs import DTYPES, SETS
@@ -32,6 +34,7 @@ Forward = Callable[[Layer, Tensor, Tensor, Tensor], Tensor]
 
 
 def cases(options: Options) -> Iterator[Case]:
+    keep_freed_memory()
     for dtype in options.dtypes:
         for shape in options.shapes:
             if shape.bias:
