@@ -172,8 +172,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     header = ["T", "code", "torch [ms]", "polymoe [ms]", "speed-up", "required"]
     print(markdown([*header, "torch GB/s / GFLOP/s", "polymoe GB/s / GFLOP/s", "other CPU"], lines))
     print(f"\n{given.shape}, {DTYPE}, threads: {torch.get_num_threads()}, torch {torch.__version__}. Medians of calls")
-    print("that take turns on rotating inputs, ± half of the interquartile range. Results are allocated anew in every call,")
-    print("from pages " + ("that the system gives." if given.fresh_pages else "that the process has kept."))
+    print(
+        "that take turns on rotating inputs, ± half of the interquartile range. Results are allocated anew, from pages"
+    )
+    print("that the system gives." if given.fresh_pages else "that the process has kept.")
     return int(given.check and missed)
 
 

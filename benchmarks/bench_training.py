@@ -3,8 +3,8 @@ F.linear over separate parameters, each through autograd.
 
 Run it as `python -m benchmarks.bench_training`; --help lists the options. Transformers' own eager loop takes part where
 experts are few alone: it indexes one parameter that holds all experts, whose gradient autograd then fills with zeros
-once for every expert. The column `kept` is what each saves for its backward beside inputs and weights. Gradients are allocated anew in every call, from memory
-that the process has had before.
+once for every expert. The column `kept` is what each saves for its backward beside inputs and weights.
+Gradients are allocated anew in every call, from memory that the process has had before: see benchmarks/_pages.py.
 """
 
 from __future__ import annotations

@@ -5,6 +5,9 @@
 #if defined(__linux__)
 #include <sys/mman.h>
 #endif
+#if defined(__SSE2__)
+#include <emmintrin.h>
+#endif
 
 #include <algorithm>
 #include <optional>
@@ -35,6 +38,7 @@ struct Types {
   Dtype in, out, bias;
   WeightFormat format = WeightFormat::plain;
   bool accumulate = false;
+  bool streams = false;        // the result is too large for the caches
   bool copies_panels = false;  // plain weights along the columns of the result, into the layout of packed ones
 
   WeightFormat multiplied() const { return copies_panels ? WeightFormat::packed : format; }
@@ -54,8 +58,19 @@ const char* widened_bias(const Problem& p, int64_t column, int64_t columns, cons
   return wide;
 }
 
-// Rounds a block's sums, `stride` elements from row to row, to its columns of the result, with the bias or with what is
-// there already.
+// Whether a block's results are zeros that need no sums.
+bool is_empty(const Block& block, const Types& types) {
+  return block.problem->d == 0 && types.streams && !block.problem->bias;
+}
+
+void finish_streams(const Types& types) {
+#if defined(__SSE2__)
+  if (types.streams) _mm_sfence();
+#endif
+}
+
+// Rounds a block's sums, `stride` elements from row to row, or null for zeros, to its columns of the result, with the
+// bias or with what is there already.
 void write_sums(const Block& block, const char* sums, int64_t stride, int64_t column, int64_t columns,
                 const Types& types, const LevelTable& table) {
   const Problem& p = *block.problem;
@@ -66,6 +81,10 @@ void write_sums(const Block& block, const char* sums, int64_t stride, int64_t co
   for (int64_t r = 0; r < block.rows; ++r) {
     char* const out = p.out + (block.begin + r) * p.out_stride + column * out_size;
     const char* add = bias;
+    if (types.streams && !bias) {
+      table.rows->stream_row[int(types.out)](sums ? sums + r * stride * size : nullptr, out, columns);
+      continue;
+    }
     if (types.accumulate) {
       if (copy) table.rows->widen_row[int(types.out)](out, copy, columns);
       add = copy ? copy : out;
@@ -86,6 +105,7 @@ class Worker {
   }
 
   void run(const Block& block, int64_t column, int64_t columns) {
+    if (is_empty(block, types_)) return write_sums(block, nullptr, 0, column, columns, types_, table_);
     const Problem& p = *block.problem;
     pack(block);
     const int64_t size = accumulator_size(types_.in);
@@ -164,6 +184,7 @@ class ColumnWorker {
   }
 
   void run(const Block& block, int64_t column, int64_t columns) {
+    if (is_empty(block, types_)) return write_sums(block, nullptr, 0, column, columns, types_, table_);
     const Problem& p = *block.problem;
     pack(block);
     const int64_t size = accumulator_size(types_.in);
@@ -234,16 +255,18 @@ void run(const std::vector<Problem>& problems, const Types& types) {
       const int64_t column = (task.begin - first_task[index]) * columns;
       worker.run(blocks[index], column, std::min(columns, blocks[index].problem->n - column));
     }
+    finish_streams(types);
   });
 }
+
+constexpr int64_t kHugePage = int64_t(2) << 20, kLarge = 16 * kHugePage;
 
 // Most of the time of a large result that is written once would go into page faults, one for every 4 KiB.
 void advise_huge_pages(const at::Tensor& out) {
 #if defined(__linux__)
-  constexpr uintptr_t kHugePage = uintptr_t(2) << 20, kLarge = 16 * kHugePage;
-  const auto begin = reinterpret_cast<uintptr_t>(out.data_ptr()), end = begin + out.nbytes();
-  const uintptr_t first = ceil_div(int64_t(begin), int64_t(kHugePage)) * kHugePage, last = end / kHugePage * kHugePage;
-  if (end - begin >= kLarge) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
+  const auto begin = reinterpret_cast<int64_t>(out.data_ptr()), end = begin + int64_t(out.nbytes());
+  const int64_t first = ceil_div(begin, kHugePage) * kHugePage, last = end / kHugePage * kHugePage;
+  if (end - begin >= kLarge) madvise(reinterpret_cast<void*>(first), size_t(last - first), MADV_HUGEPAGE);
 #endif
 }
 
@@ -424,6 +447,7 @@ void compute(const GroupedMm& mm, const at::Tensor& out) {
                     mm.bias.defined() ? kernel_dtype(mm.bias.scalar_type()) : Dtype::f32,
                     mm.b_stored.format,
                     mm.accumulate,
+                    !mm.accumulate && int64_t(out.nbytes()) >= kLarge,
                     copies_panels(mm)};
   if (takes_columns(mm))
     run<ColumnWorker>(problems, types);

@@ -9,6 +9,7 @@ from torch.nn import functional as F
 import polymoe
 from polymoe.testing.cases import LAYOUTS, Random, name_of
 from polymoe.testing.conformance import grouped_mm
+from polymoe.testing.poison import poisoned
 
 
 @pytest.mark.parametrize("case", grouped_mm.CASES, ids=name_of)
@@ -54,3 +55,22 @@ def test_takes_the_arguments_of_torch(form, target, seed):
     for result in (got, expected):  # both within the same bound of the same truth
         error = (result.double() - value).abs()
         assert (error <= 2**-8 * value.abs() + grouped_mm.error(magnitude, a.shape[-1], a.dtype) * 1.01).all()
+
+
+@pytest.mark.parametrize("width", [704, 701])
+@pytest.mark.parametrize("out_dtype", [torch.float32, torch.bfloat16])
+def test_a_result_past_the_caches_has_the_same_bits(width, out_dtype, target, seed):
+    """A large result is written past the caches, one group of it is not; with rows aligned for that, and not."""
+    if target.backend != "cpu":
+        pytest.skip("a property of the cpu backend")
+    M, sizes = 2048 if out_dtype == torch.bfloat16 else 1024, (3, 0, 1, 40, 0, 2, 9, 1, 0, 5, 1, 1, 2, 3)
+    source = Random(seed)
+    a, b = (source.normal(sum(sizes) + 2, n, dtype=torch.bfloat16) for n in (M, width))
+    ends = torch.tensor(sizes, dtype=torch.int32).cumsum(0, dtype=torch.int32)
+    with poisoned():
+        found = polymoe.grouped_mm(a.mT, b, ends, out_dtype=out_dtype, backend=target.backend)
+        assert found.nbytes >= 32 << 20
+        for g, (end, size) in enumerate(zip(ends.tolist(), sizes, strict=True)):
+            rows, only = slice(end - size, end), torch.tensor([size], dtype=torch.int32)
+            expected = polymoe.grouped_mm(a[rows].mT, b[rows], only, out_dtype=out_dtype, backend=target.backend)
+            assert torch.equal(found[g], expected[0]), f"group {g}"

@@ -28,6 +28,20 @@ void store_row(const void* acc, const void* bias, void* out, int64_t n) {
   }
 }
 
+template <class Out>
+void stream_row(const void* acc, void* out, int64_t n) {
+  using V = typename Compute<Out>::Vector;
+  constexpr uintptr_t bytes = V::width * sizeof(Out);
+  const auto* from = static_cast<const typename Compute<Out>::Value*>(acc);
+  Out* to = static_cast<Out*>(out);
+  const bool aligned = reinterpret_cast<uintptr_t>(out) % bytes == 0;
+  const auto sums = [&](int64_t i, auto part) { return from ? read<V>(from + i, part) : set<V>(0); };
+  int64_t i = 0;
+  if (aligned)
+    for (; i + V::width <= n; i += V::width) stream(to + i, sums(i, Full{}));
+  for_vectors<V>(n - i, [&](int64_t j, auto part) { write(to + i + j, sums(i + j, part), part); });
+}
+
 template <class T>
 void scale_row(const void* in, const void* weight, void* out, int64_t n) {
   using V = typename Compute<T>::Vector;
@@ -83,6 +97,7 @@ extern const RowTable row_table;
 const RowTable row_table = {
     {widen_row<float>, widen_row<bf16>, widen_row<f16>, POLYMOE_F64(widen_row<double>)},
     {store_row<float>, store_row<bf16>, store_row<f16>, POLYMOE_F64(store_row<double>)},
+    {stream_row<float>, stream_row<bf16>, stream_row<f16>, POLYMOE_F64(stream_row<double>)},
     {scale_row<float>, scale_row<bf16>, scale_row<f16>, POLYMOE_F64(scale_row<double>)},
     {
         {combine_row<float, float>, combine_row<float, bf16>, combine_row<float, f16>, nullptr},

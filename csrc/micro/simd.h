@@ -6,6 +6,7 @@
 //   VF::width                    lanes
 //   load(p), load_n(p, n)        p to float, bf16 or f16 (widened); load_n reads n < width elements, other lanes 0
 //   store(p, v), store_n(...)    rounds to nearest even for bf16 and f16
+//   stream(p, v)                 store past the caches, p aligned to the stored vector; ordinary at the portable level
 //   + - * /, fma(a, b, c)        fma is fused where the level has it; the portable level rounds twice
 //   product_error(a, b, a * b)   a * b less its rounded value, exact barring underflow
 //   min(a, b), max(a, b)         b when either is NaN: min(limit, x) lets a NaN in x through

@@ -63,6 +63,12 @@ template <class T>
 inline void store(T* p, VF a) {
   _mm_storeu_si128(reinterpret_cast<__m128i*>(p), narrow8(p, a));
 }
+// Past the caches; aligned to a stored vector.
+inline void stream(float* p, VF a) { _mm256_stream_ps(p, a.v); }
+template <class T>
+inline void stream(T* p, VF a) {
+  _mm_stream_si128(reinterpret_cast<__m128i*>(p), narrow8(p, a));
+}
 inline void store_n(float* p, VF a, int n) { _mm256_maskstore_ps(p, lanes_below(n), a.v); }
 template <class T>
 inline void store_n(T* p, VF a, int n) {

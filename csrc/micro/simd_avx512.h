@@ -61,6 +61,12 @@ template <class T>
 inline void store(T* p, VF a) {
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), narrow16(p, a));
 }
+// Past the caches; aligned to a stored vector.
+inline void stream(float* p, VF a) { _mm512_stream_ps(p, a.v); }
+template <class T>
+inline void stream(T* p, VF a) {
+  _mm256_stream_si256(reinterpret_cast<__m256i*>(p), narrow16(p, a));
+}
 inline void store_n(float* p, VF a, int n) { _mm512_mask_storeu_ps(p, lanes_below(n), a.v); }
 template <class T>
 inline void store_n(T* p, VF a, int n) {

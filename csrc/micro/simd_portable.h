@@ -69,6 +69,11 @@ inline void store(S* p, Array<T, W> a) {
 }
 
 template <class T, int W, class S>
+inline void stream(S* p, Array<T, W> a) {
+  store(p, a);
+}
+
+template <class T, int W, class S>
 inline void store_n(S* p, Array<T, W> a, int n) {
   for (int i = 0; i < n; ++i) narrow(p + i, a.v[i]);
 }
