@@ -1,5 +1,5 @@
 // The op `experts` on the CPU: arguments, and the chunks of tokens that bound its memory.
-#include <ATen/ops/empty.h>
+#include <ATen/EmptyTensor.h>
 
 #include <limits>
 #include <optional>
@@ -88,6 +88,19 @@ ChunkPlan pointers(const PlanTensors& plan) {
           plan.slot_row.const_data_ptr<int32_t>()};
 }
 
+// The plan of some tokens, in memory of the calling thread.
+ChunkPlan chunk_plan(const at::Tensor& ids, int64_t num_experts) {
+  const int64_t slots = ids.numel(), ends = num_experts + 1;
+  auto* const offsets = reinterpret_cast<int32_t*>(scratch(Scratch::plan, (ends + 2 * slots) * sizeof(int32_t)));
+  build_plan(ids, num_experts, offsets, offsets + ends, offsets + ends + slots);
+  return {offsets, offsets + ends, offsets + ends + slots};
+}
+
+// Past the dispatcher, which takes longer than the allocation.
+at::Tensor empty(at::IntArrayRef sizes, at::ScalarType dtype) {
+  return at::detail::empty_cpu(sizes, at::TensorOptions(dtype));
+}
+
 Operand rows_of_expert_0(const at::Tensor& weight, bool transposed) {
   const int64_t size = weight.element_size();
   return {static_cast<const char*>(weight.const_data_ptr()), weight.stride(transposed ? 2 : 1) * size,
@@ -149,9 +162,10 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> experts_c
 
   const Dtype dtype = kernel_dtype(x.scalar_type());
   const at::Tensor rows = s.H > 1 && x.stride(1) != 1 ? x.contiguous() : x;
-  const at::Tensor routing = weights.to(accumulator_dtype(dtype)).contiguous();
-  const at::Tensor out = at::empty({s.T, s.H}, x.options());
-  const at::Tensor pre = save ? at::empty({s.T * s.K, s.width}, x.options()) : at::empty({0}, x.options());
+  const at::ScalarType wide = accumulator_dtype(dtype);
+  const at::Tensor routing = (weights.scalar_type() == wide ? weights : weights.to(wide)).contiguous();
+  const at::Tensor out = empty({s.T, s.H}, x.scalar_type());
+  const at::Tensor pre = save ? empty({s.T * s.K, s.width}, x.scalar_type()) : empty({0}, x.scalar_type());
 
   const int64_t size = x.element_size();
   ExpertsArguments args{};
@@ -197,12 +211,10 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> experts_c
     if (save && args.tokens == s.T) {
       run_experts(args, pointers(whole));
     } else {
-      const PlanTensors chunk = build_plan(ids.narrow(0, begin, args.tokens), s.E);
-      run_experts(args, pointers(chunk));
+      run_experts(args, chunk_plan(args.tokens == s.T ? ids : ids.narrow(0, begin, args.tokens), s.E));
     }
   }
-  const auto nothing = [&] { return at::empty({0}, x.options().dtype(at::kInt)); };
-  if (!save) return {out, pre, nothing(), nothing(), nothing()};
+  if (!save) return {out, pre, empty({0}, at::kInt), empty({0}, at::kInt), empty({0}, at::kInt)};
   return {out, pre, whole.offsets, whole.row_slot, whole.slot_row};
 }
 

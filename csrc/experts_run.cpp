@@ -356,7 +356,7 @@ void run_experts(const ExpertsArguments& args, const ChunkPlan& plan) {
   const LevelTable& table = level_table(args.dtype);
   const GemmKernel& gemm = gemm_kernel(table, args.format, args.dtype);
   const int64_t total = plan.offsets[args.experts];
-  const int threads = num_threads();
+  const int threads = worthwhile_threads(num_threads(), total, (args.halves() + 1) * args.intermediate * args.hidden);
   const int64_t row_bytes = Panel::row_bytes(gemm, args.intermediate);
   // Packed weights pass over a slice of the reduction at a time, so the rows may be long.
   const int64_t resident = args.format == WeightFormat::packed

@@ -96,7 +96,7 @@ at::Tensor kernel_bias(const at::Tensor& bias, Dtype dtype) {
 }
 
 char* scratch(Scratch slot, int64_t bytes) {
-  thread_local Buffer buffers[6];
+  thread_local Buffer buffers[kScratches];
   Buffer& buffer = buffers[int(slot)];
   if (buffer.bytes < bytes) {
     const int64_t rounded = ceil_div(bytes, 4096) * 4096;

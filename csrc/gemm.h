@@ -34,7 +34,8 @@ struct Operand {
 };
 
 // Memory of the calling thread, 64-byte aligned, kept for the thread's next use of the same slot; contents undefined.
-enum class Scratch : int { panel, weights, accumulators, row, bias, sums };
+enum class Scratch : int { panel, weights, accumulators, row, bias, sums, plan };
+inline constexpr int kScratches = 7;
 char* scratch(Scratch slot, int64_t bytes);
 
 // Copies elements [0, d) of rows [0, rows) to out[row][element], whatever the strides.

@@ -61,6 +61,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("block_rows", &block_rows);
   m.def("task_columns", &task_columns);
   m.def("sum_columns", &sum_columns);
+  m.def("worthwhile_threads", &worthwhile_threads);
   m.def("decodes_once", &decodes_once);
   m.def("serve_aten_grouped_mm", &serve_aten_grouped_mm);
   m.def("aten_grouped_mm_calls", &aten_grouped_mm_calls);

@@ -117,18 +117,22 @@ PlanTensors build_plan(const at::Tensor& ids, int64_t num_experts) {
   const at::TensorOptions int32 = ids.options().dtype(at::kInt);
   const PlanTensors plan{at::empty({num_experts + 1}, int32), at::empty({ids.numel()}, int32),
                          at::empty(ids.sizes(), int32)};
+  build_plan(ids, num_experts, plan.offsets.mutable_data_ptr<int32_t>(), plan.row_slot.mutable_data_ptr<int32_t>(),
+             plan.slot_row.mutable_data_ptr<int32_t>());
+  return plan;
+}
+
+void build_plan(const at::Tensor& ids, int64_t num_experts, int32_t* offsets, int32_t* row_slot, int32_t* slot_row) {
   const auto build = [&](const auto* data) {
     build_rows(Ids<std::remove_const_t<std::remove_pointer_t<decltype(data)>>>{data, ids.stride(0), ids.stride(1),
                                                                                ids.size(1), num_experts},
-               ids.size(0), plan.offsets.mutable_data_ptr<int32_t>(), plan.row_slot.mutable_data_ptr<int32_t>(),
-               plan.slot_row.mutable_data_ptr<int32_t>());
+               ids.size(0), offsets, row_slot, slot_row);
   };
   if (ids.scalar_type() == at::kInt) {
     build(ids.const_data_ptr<int32_t>());
   } else {
     build(ids.const_data_ptr<int64_t>());
   }
-  return plan;
 }
 
 }  // namespace polymoe

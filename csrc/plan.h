@@ -15,4 +15,7 @@ struct PlanTensors {
 // ids is a checked tensor [T, K] of int32 or int64, of any strides, with T*K < 2^31.
 PlanTensors build_plan(const at::Tensor& ids, int64_t num_experts);
 
+// The same into memory of the caller's, for as many elements.
+void build_plan(const at::Tensor& ids, int64_t num_experts, int32_t* offsets, int32_t* row_slot, int32_t* slot_row);
+
 }  // namespace polymoe

@@ -185,3 +185,12 @@ def test_wrappers_record_only_where_a_gradient_is_needed() -> None:
         recorded = polymoe.dispatch(x, p, backend=backend)
         assert recorded.requires_grad
         assert torch.equal(recorded, unrecorded)
+
+
+@pytest.mark.parametrize("op", [*OPS, *GRADIENT_OPS])
+def test_calls_without_gradient_stay_out_of_python(op: str) -> None:
+    """Every op with a CPU kernel has its autograd kernel in C++ too, which costs it no microseconds."""
+    have = {
+        key: torch._C._dispatch_has_kernel_for_dispatch_key(f"polymoe::{op}", key) for key in ("CPU", "AutogradCPU")
+    }
+    assert have["CPU"] == have["AutogradCPU"]

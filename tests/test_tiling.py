@@ -52,4 +52,12 @@ def test_tasks_are_whole_units_and_enough(width: int, blocks: int, threads: int)
     assert columns % unit == 0
     assert unit <= columns <= target
     tasks = blocks * -(-width // columns)
-    assert columns == unit or tasks >= 12 * threads, "wider tasks than one unit, yet too few to share out"
+    wanted = 12 * threads if threads > 1 else 1
+    assert columns == unit or tasks >= wanted, "wider tasks than one unit, yet too few to share out"
+
+
+@pytest.mark.parametrize("threads", [1, 2, 64])
+def test_a_small_call_wakes_no_thread(threads: int) -> None:
+    assert _C.worthwhile_threads(threads, 2, 3 * 64 * 128) == 1  # a token of a toy layer
+    assert _C.worthwhile_threads(threads, 8, 3 * 2048 * 768) == threads  # a token of Qwen3-30B-A3B
+    assert _C.worthwhile_threads(threads, 0, 3 * 2048 * 768) == 1

@@ -45,6 +45,9 @@ def task_columns(width: int, unit: int, target: int, blocks: int, threads: int) 
 def sum_columns(hidden: int, unit: int, column_bytes: int, l3_bytes: int) -> int:
     """Columns of H whose sums stay in the L3 cache."""
 
+def worthwhile_threads(threads: int, rows: int, elements: int) -> int:
+    """Threads, of at most `threads`, for `rows` rows that are multiplied by `elements` weights each."""
+
 def serve_aten_grouped_mm(on: bool) -> None:
     """Put a kernel for `aten::_grouped_mm` on the CPU in place, or take it away."""
 

@@ -12,6 +12,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from operator import is_
+from sys import intern
 from types import MappingProxyType, SimpleNamespace
 from typing import Any, NoReturn, TypeVar
 
@@ -99,9 +101,19 @@ def define_op(
         # The dispatcher drops trailing arguments that equal their defaults.
         return tuple(args[slot] if slot < len(args) else default for slot, default in option_slots)
 
+    required = sum(not argument.has_default_value() for argument in op._schema.arguments)
+    defaults = [argument.default_value for argument in op._schema.arguments[required:] if not argument.kwarg_only]
+    defaults = [intern(default) if isinstance(default, str) else default for default in defaults]
+
     def call(*args: Any, backend: str) -> Any:
-        # The autograd kernel is Python and costs microseconds: step below it where there is no gradient to record.
-        if torch.compiler.is_compiling() or (torch.is_grad_enabled() and torch._C._any_requires_grad(*args)):
+        if torch.compiler.is_compiling():
+            return op(*args, backend=backend)
+        # An argument costs the dispatcher more than it takes to see that all are the defaults.
+        if all(map(is_, args[required:], defaults)):
+            args = args[:required]
+        # The autograd kernel is Python and costs microseconds: step below it where there is no gradient to record. For
+        # CPU tensors C++ does that (csrc/autograd.cpp).
+        if backend == "cpu" or (torch.is_grad_enabled() and torch._C._any_requires_grad(*args)):
             return op(*args, backend=backend)
         with torch._C._AutoDispatchBelowAutograd():
             return op(*args, backend=backend)

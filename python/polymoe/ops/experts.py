@@ -280,7 +280,7 @@ def experts(
         down_zero,
         mode,
     )
-    if any(part is not None for part in lora):
+    if not (gate_up_lora_a is gate_up_lora_b is down_lora_a is down_lora_b is None):
         adapted: Tensor = experts_lora(*arguments, *lora, lora_scale, backend=chosen)[0]
         return adapted
     out: Tensor = _experts(*arguments, backend=chosen)[0]
