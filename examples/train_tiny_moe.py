@@ -128,8 +128,8 @@ def loss_of(model: DeepseekV4ForCausalLM, batch: Tensor) -> Tensor:
     return torch.nn.functional.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten())
 
 
-def train(implementation: str, options: Options) -> Run:
-    model, run = make_model(options), Run()
+def train(model: DeepseekV4ForCausalLM, implementation: str, options: Options) -> Run:
+    run = Run()
     model.set_experts_implementation(implementation)
     train_text, held_out = read_text()
     balancer = Balancer(model, options.gamma)
@@ -195,7 +195,7 @@ def parse() -> Options:
 
 def main() -> int:
     options = parse()
-    runs = {implementation: train(implementation, options) for implementation in IMPLEMENTATIONS}
+    runs = {implementation: train(make_model(options), implementation, options) for implementation in IMPLEMENTATIONS}
     tokens = options.batch * options.length
     print("\n| experts | tokens/s | last loss | held-out loss | busiest expert over the mean: first quarter, last |")
     print("|---|---|---|---|---|")

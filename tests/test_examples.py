@@ -104,3 +104,12 @@ def test_train_tiny_moe_at_its_smallest(tmp_path: Path) -> None:
     assert float(re.search(r"largest difference of the two losses: (\S+)", out)[1]) < 1e-3
     drawn = (tmp_path / "out.png").exists()
     assert ("no picture: matplotlib is not installed" in out) != drawn
+
+
+def test_quantized_perplexity_at_its_smallest(tmp_path: Path) -> None:
+    page = tmp_path / "page.md"
+    run("examples/quantized_perplexity.py", "--steps=1", "--hidden=32", "--held-out=400", f"--out={page}")
+    rows = re.findall(r"^\| (\w+) \| (\w*) +\| (\S+) \| (\S+) \| \S+% \|$", page.read_text(), re.MULTILINE)
+    assert [row[0] for row in rows[:2]] == ["float32", "bf16"]
+    assert {row[0] for row in rows if row[1] == "int8"} == {"mxfp4", "int8", "int4_g32", "int4_g64", "int4_g128"}
+    assert all(1 < float(row[3]) < 1e4 for row in rows)  # 256 for a model that knows nothing

@@ -1,0 +1,146 @@
+"""What quantised experts cost a language model: trains the model of train_tiny_moe.py with polymoe, then reads the
+whole held-out text with its experts in bf16 and in every quantised format and mode, and prints the perplexity of each.
+
+    python examples/quantized_perplexity.py [--steps 400] [--out docs/quantized-perplexity.md]
+
+Everything but the routed experts stays float32 and the same, so the differences are those of the experts alone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import train_tiny_moe
+from torch import Tensor, nn
+from transformers import DeepseekV4ForCausalLM
+from transformers.integrations.moe import ExpertsInterface
+from transformers.models.deepseek_v4.modeling_deepseek_v4 import DeepseekV4Experts
+
+import polymoe
+from polymoe.formats import Weight, parse
+from polymoe.ops._weights import INT8_FORMATS
+
+FORMATS = ("fp8_block128", "fp8_block32", "mxfp8", "mxfp4", "int8", "int4_g128", "int4_g64", "int4_g32")
+ROWS = [("bf16", "weight_only")]
+ROWS += [(name, mode) for name in FORMATS for mode in ("weight_only", "int8") if mode != "int8" or name in INT8_FORMATS]
+
+SIZES = {"batch": 8, "length": 128, "experts": 32, "layers": 4, "gamma": 0.01, "seed": 0, "out": Path()}
+
+PAGE = """# What quantised experts cost a language model
+
+The model of [train_tiny_moe.py](../examples/train_tiny_moe.py), trained for {steps} steps, reads the whole held-out
+text with its routed experts stored in each format. Everything else stays float32 and the same. Written by
+`python examples/quantized_perplexity.py --steps {steps} --out docs/quantized-perplexity.md`.
+
+{table}
+
+"int8" as mode: activations rounded to 8-bit integers too. The formats' names are those of `polymoe.formats.FORMATS`.
+"""
+
+Experts = Callable[[Any, Tensor, Tensor, Tensor], Tensor]
+
+
+def stored_experts(name: str, mode: str, model: nn.Module) -> Experts:
+    """The experts of `model` in bf16, their weights in the format `name`."""
+    weights: dict[nn.Module, list[Weight]] = {}
+    for module in model.modules():
+        if isinstance(module, DeepseekV4Experts):
+            weights[module] = [parse(name).quantize(w.detach()) for w in (module.gate_up_proj, module.down_proj)]
+
+    def forward(self: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        gate_up, down = weights[self]
+        out = polymoe.experts(
+            hidden_states.bfloat16(),
+            gate_up.data,
+            down.data,
+            top_k_weights.float(),
+            top_k_index,
+            "swiglu_clamped",
+            limit=self.limit,
+            weight_format=name,
+            gate_up_scale=gate_up.scale,
+            down_scale=down.scale,
+            gate_up_zero=gate_up.zero,
+            down_zero=down.zero,
+            mode=mode,
+        )
+        return out.to(hidden_states.dtype)
+
+    return forward
+
+
+def bf16_experts(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+    out = polymoe.experts(
+        hidden_states.bfloat16(),
+        self.gate_up_proj.bfloat16(),
+        self.down_proj.bfloat16(),
+        top_k_weights.float(),
+        top_k_index,
+        "swiglu_clamped",
+        limit=self.limit,
+    )
+    return out.to(hidden_states.dtype)
+
+
+def bits_of(name: str, model: nn.Module) -> float:
+    """Stored bits of a weight of the experts, scales and zero points included."""
+    if name in ("float32", "bf16"):
+        return {"float32": 32.0, "bf16": 16.0}[name]
+    module = next(module for module in model.modules() if isinstance(module, DeepseekV4Experts))
+    weights = [module.gate_up_proj.detach(), module.down_proj.detach()]
+    return 8 * sum(parse(name).quantize(w).nbytes for w in weights) / sum(w.numel() for w in weights)
+
+
+@torch.no_grad()
+def nats_per_byte(model: DeepseekV4ForCausalLM, text: Tensor, length: int) -> float:
+    """The mean over the whole text, in windows of `length` that do not overlap."""
+    windows = text[: (len(text) - 1) // length * length].view(-1, length)
+    following = text[1 : windows.numel() + 1].view(-1, length)
+    total = 0.0
+    for inputs, targets in zip(windows.split(16), following.split(16), strict=True):
+        logits = model(inputs, use_cache=False).logits
+        total += float(nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum"))
+    return total / windows.numel()
+
+
+def measure(model: DeepseekV4ForCausalLM, text: Tensor, length: int) -> Iterator[tuple[str, str, float, float]]:
+    """Format, mode, stored bits a weight, nats a byte; float32 first."""
+    model.set_experts_implementation("polymoe")
+    yield "float32", "", bits_of("float32", model), nats_per_byte(model, text, length)
+    for name, mode in ROWS:
+        key = f"{name} {mode}"
+        ExpertsInterface.register(key, bf16_experts if name == "bf16" else stored_experts(name, mode, model))
+        model.set_experts_implementation(key)
+        yield name, mode if name != "bf16" else "", bits_of(name, model), nats_per_byte(model, text, length)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", type=int, default=400)
+    parser.add_argument("--hidden", type=int, default=256, help="width of the model; experts have half of it")
+    parser.add_argument("--held-out", type=int, default=train_tiny_moe.HELD_OUT, help="bytes to read")
+    parser.add_argument("--out", type=Path, help="writes the table there too")
+    own = parser.parse_args()
+    options = train_tiny_moe.Options(steps=own.steps, hidden=own.hidden, **SIZES)
+    model = train_tiny_moe.make_model(options)
+    train_tiny_moe.train(model, "polymoe", options)
+    lines = ["| experts | mode | bits a weight | perplexity a byte | over float32 |", "|---|---|---|---|---|"]
+    print("\n" + "\n".join(lines))
+    base = None
+    for name, mode, bits, nats in measure(model, train_tiny_moe.read_text()[1][: own.held_out], options.length):
+        base = nats if base is None else base
+        lines.append(f"| {name} | {mode} | {bits:.2f} | {math.exp(nats):.4f} | {math.exp(nats - base) - 1:+.2%} |")
+        print(lines[-1], flush=True)
+    if own.out:
+        own.out.write_text(PAGE.format(steps=own.steps, table="\n".join(lines)))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
