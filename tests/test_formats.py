@@ -169,6 +169,19 @@ def test_every_int8_code() -> None:
     assert torch.equal(Int8().dequantize(weight), torch.arange(-128.0, 128.0)[None] / 4)
 
 
+def test_int4_zero_points_past_the_last_are_refused() -> None:
+    weight = Int4(32, zero_points=True).quantize(torch.randn(3, 64))
+    assert weight.zero is not None
+    for zero in (16, 17, 255):
+        weight.zero[2, 1] = zero
+        tensors, metadata = weight.tensors("w"), weight.metadata("w")
+        if zero == 16:
+            assert Weight.from_tensors("w", tensors, metadata).zero is weight.zero
+            continue
+        with pytest.raises(ValueError, match=f"w_zero: expected zero points from 0 to 16, got {zero}"):
+            Weight.from_tensors("w", tensors, metadata)
+
+
 def test_every_int4_code_with_every_zero_point() -> None:
     data = pack_nibbles(torch.arange(16, dtype=torch.uint8).repeat(17, 2))
     zero = torch.arange(17, dtype=torch.uint8)[:, None]

@@ -12,6 +12,7 @@ from polymoe.formats.weight import Format, Weight
 from polymoe.ops import _check as check_that
 
 GROUPS = (32, 64, 128)
+LAST_ZERO = 16  # what GPTQ's 15, which is stored less 1, stands for
 _SMALLEST = 2.0**-126  # of a scale: subnormal ones would lose bits
 
 
@@ -54,6 +55,9 @@ class Int4(Format):
     nearest integer to -lowest / scale, and the code that to zero point + weight / scale. A group of zeros has the
     scale 2^-126 and the code of its zero point.
 
+    Kernels decode through a table that ends at zero point 16, which GPTQ's layout can hold. `Weight.from_tensors` and
+    `polymoe.nn.QuantizedExperts` refuse larger ones; ops do not read all zero points in every call to find out.
+
     Names: int4_g32, int4_g64, int4_g128.
     """
 
@@ -82,6 +86,10 @@ class Int4(Format):
 
     def check_zero(self, op: str, name: str, zero: Tensor) -> None:
         check_that.dtype(op, name, zero, (torch.uint8,))
+
+    def check_values(self, op: str, name: str, weight: Weight) -> None:
+        if weight.zero is not None and weight.zero.numel() and (largest := int(weight.zero.max())) > LAST_ZERO:
+            check_that.fail(op, f"{name}_zero", f"zero points from 0 to {LAST_ZERO}", largest)
 
     def _encode(self, weight: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         N, D = weight.shape[-2:]

@@ -59,6 +59,17 @@ def dot_error(magnitude: Tensor, length: int, dtype: torch.dtype) -> Tensor:
     return magnitude * (growth(length) * arithmetic_roundoff(dtype)) + length * smallest(arithmetic_dtype(dtype))
 
 
+def frobenius_error(length: int) -> float:
+    """By how much relative_frobenius of dot products of `length` independent terms of random sign may be off, if they
+    are summed in float32 in blocks of at most 128, as polymoe's kernels promise.
+
+    A rounding is off by at most u32 times a partial sum, and a partial sum of terms of random sign is in the mean
+    square at most the whole one. On the way of a term there are at most 128 additions in its block, one for each block,
+    and three roundings of products, scales and results. Their errors are independent, so their squares add.
+    """
+    return unit_roundoff(torch.float32) * math.sqrt(min(length, 128) + math.ceil(length / 128) + 3)
+
+
 def rounding_error(truth: Tensor, dtype: torch.dtype, before: Tensor | float = 0.0) -> Tensor:
     """Bound for a value that was off by at most `before` and was then rounded once to `dtype`."""
     return unit_roundoff(dtype) * (truth.abs() + before) + before + smallest(dtype)
