@@ -77,7 +77,7 @@ peers: setup ## .venv-peers: the other CPU libraries that the benchmarks know, a
 	done
 	@$(PEERS_PY) -m benchmarks list
 
-report: build ## measure, and write docs/benchmarks.md with its plots: under 25 minutes, after `make peers`
+report: build ## measure, and write docs/benchmarks.md with its plots: after `make peers`; goes on where it was cut off
 	@test -x $(PEERS_PY) || { echo "report: run 'make peers' first: it needs matplotlib and the other libraries"; exit 1; }
 	$(PEERS_PY) -m benchmarks report
 

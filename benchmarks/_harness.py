@@ -161,8 +161,8 @@ def environment_for(level: str) -> dict[str, str]:
     return {name: value for name, value in os.environ.items() if name not in names} | limits
 
 
-def collect(bench: Bench, options: Options, emit: Callable[[Row], None]) -> None:
-    """All cases; `emit` gets every row as soon as it is there."""
+def collect(bench: Bench, options: Options, emit: Callable[[Row], None], apart: bool = False) -> None:
+    """All cases; `emit` gets every row as soon as it is there. With `apart` always in another process."""
     if options.device != "cpu":
         gpu.run(bench, options, gpu.Gpu(options.device), emit)
         return
@@ -170,7 +170,7 @@ def collect(bench: Bench, options: Options, emit: Callable[[Row], None]) -> None
         environment = environment_for(level)
         for threads in options.threads:
             one = replace(options, levels=(level,), threads=(threads,))
-            if environment == dict(os.environ):
+            if environment == dict(os.environ) and not apart:
                 run_here(bench, one, emit)
             else:
                 run_limited(bench, one, environment, emit)

@@ -16,11 +16,12 @@ def say(message: str) -> None:
 class Progress:
     """A line for every case: a bar, what is left at this pace, and what came out."""
 
-    def __init__(self, total: int) -> None:
-        self._total, self._done, self._start = total, 0, perf_counter()
+    def __init__(self, total: int, done: int = 0) -> None:
+        """`done` of the total were there before."""
+        self._total, self._done, self._before, self._start = total, done, done, perf_counter()
 
     def step(self, message: str) -> None:
         self._done += 1
-        left = (perf_counter() - self._start) / self._done * max(0, self._total - self._done)
+        left = (perf_counter() - self._start) / (self._done - self._before) * max(0, self._total - self._done)
         bar = ("#" * round(WIDTH * self._done / max(1, self._total))).ljust(WIDTH, ".")[:WIDTH]
         say(f"[{bar}] {self._done}/{self._total}, {left:.0f} s left: {message}")

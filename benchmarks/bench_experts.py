@@ -51,7 +51,9 @@ def shape_cases(options: Options, shape: Shape, dtype: str, stack: ExitStack) ->
     absent |= {name: reason for name, reason in found.items() if isinstance(reason, str)}
     for T in options.tokens:
         sets = [make_set(shape, T, DTYPES[dtype], source) for _ in range(SETS)]
-        yield replace(make_case(layer, holders, sets, dtype, level), absent=absent)
+        able, unable = try_out([contender(holder, sets) for holder in holders])
+        helpers = tuple(prepared.pid for _, prepared, _ in holders if isinstance(prepared, Worker))
+        yield replace(make_case(layer, able, sets, dtype, level), absent=absent | unable, helpers=helpers)
 
 
 def wanted(options: Options) -> tuple[str, ...]:
@@ -89,7 +91,23 @@ def contender(holder: Holder, sets: list[InputSet]) -> Contender:
     return Contender(plugin.name, lambda i: prepared.run(converted[i]), plugin.peer, held, reads=plugin.reads)
 
 
-def make_case(layer: Layer, holders: list[Holder], sets: list[InputSet], dtype: str, level: str) -> Case:
+def try_out(given: list[Contender]) -> tuple[list[Contender], dict[str, str]]:
+    """Those that can compute these inputs, and why another library cannot after all."""
+    faults = {one.name: fault(one) for one in given}
+    return [one for one in given if not faults[one.name]], {name: why for name, why in faults.items() if why}
+
+
+def fault(one: Contender) -> str:
+    try:
+        one.call(0)
+    except Exception as error:
+        if not one.peer:
+            raise
+        return f"it raises {type(error).__name__}: {error}"
+    return ""
+
+
+def make_case(layer: Layer, able: list[Contender], sets: list[InputSet], dtype: str, level: str) -> Case:
     shape, T, torch_dtype = layer.shape, sets[0][0].shape[0], DTYPES[dtype]
     checked = min(T, CHECKED_TOKENS)
     x, weights, ids = (torch.cat([tensor[:checked] for tensor in same]) for same in zip(*sets, strict=True))
@@ -102,7 +120,7 @@ def make_case(layer: Layer, holders: list[Holder], sets: list[InputSet], dtype: 
     hit = sum(one.unique().numel() for _, _, one in sets) / SETS
     return Case(
         labels={"shape": shape.name, "experts": shape.slice, "dtype": dtype, "T": T},
-        contenders=tuple(contender(holder, sets) for holder in holders),
+        contenders=tuple(able),
         error=error,
         # The eager loop rounds five times (matmul, silu, product with up, matmul, product with the weight), gpt-oss's
         # activation three times more, and once more whenever an expert adds to the output.
@@ -111,7 +129,6 @@ def make_case(layer: Layer, holders: list[Holder], sets: list[InputSet], dtype: 
         flops=2.0 * T * shape.K * shape.expert_elements,
         required=required(shape, dtype, T, level, judge_accuracy=truth.numel() >= JUDGED_OUTPUTS),
         footprint=torch.cat([one for _, _, one in sets]).unique().numel() * expert_bytes + 2 * SETS * sets[0][0].nbytes,
-        helpers=tuple(prepared.pid for _, prepared, _ in holders if isinstance(prepared, Worker)),
     )
 
 

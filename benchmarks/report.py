@@ -1,12 +1,13 @@
 """docs/benchmarks.md: what it measures, and how it is written from the results.
 
-`python -m benchmarks report` measures and writes; `--from FILE` writes from results that are there.
+`python -m benchmarks report` measures and writes, and goes on where it was if it was cut off; `--from FILE` writes from
+results that are there.
 """
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
@@ -16,8 +17,8 @@ import torch
 
 from benchmarks import plots
 from benchmarks._harness import collect, cpu_name
+from benchmarks._options import Options, options, supported_levels
 from benchmarks._options import add_arguments as add_run_options
-from benchmarks._options import options, supported_levels
 from benchmarks._progress import Progress
 from benchmarks._report import OTHER_CPU_LIMIT, Result, Row, markdown, mebibytes, other_cpu, share, spread
 from benchmarks.bench_experts import BENCH
@@ -26,6 +27,7 @@ from benchmarks.compare import load
 from benchmarks.plots import contenders, group_of, grouped
 
 DOCS = Path(__file__).parent.parent / "docs"
+KEPT = Path(__file__).parent.parent / "build" / "report.jsonl"
 FURTHER = ("olmoe", "qwen3-next", "gpt-oss-20b")  # beside w1, w2 and w3
 
 SHARE_STEP = 0.15  # by which the share of the bound may change between neighbouring numbers of tokens
@@ -67,7 +69,7 @@ llama-cpp-python as sources only. The layers are slices where all experts would 
     .venv-peers/bin/python -m benchmarks run experts --shapes w1 olmoe --tokens 1 16 128 --threads 1 2 --out a.jsonl
     .venv-peers/bin/python -m benchmarks compare a.jsonl b.jsonl
     .venv-peers/bin/python -m benchmarks plot a.jsonl --out plots
-    make report                                  # this page
+    make report                                  # this page; a run that was cut off goes on where it was
 
 `run` without a name measures every op; `--quick` takes under two minutes; `--tokens sweep` goes from 1 to 8192 tokens;
 `--check` fails where a requirement of benchmarks/requirements.py is missed. Another library joins as a class in
@@ -124,6 +126,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--from", dest="source", type=Path, metavar="FILE", help="measure nothing, write from these")
     parser.add_argument("--docs", type=Path, default=DOCS, help="folder to write to")
     parser.add_argument("--quick", action="store_true", help="a small part, to see that it works")
+    parser.add_argument(
+        "--kept", type=Path, default=KEPT, metavar="FILE", help="what is measured so far; a run that is cut off goes on"
+    )
     parser.add_argument("--probe-mib", type=int, default=1024, help="that the bandwidth probe reads")
 
 
@@ -133,28 +138,48 @@ def main(given: argparse.Namespace) -> int:
     images = given.docs / "images"
     given.docs.mkdir(parents=True, exist_ok=True)
     file = given.docs / "benchmarks.jsonl"
-    rows = load(given.source) if given.source else measure(parts(given.quick), given.probe_mib)
+    rows = load(given.source) if given.source else measure(parts(given.quick), given.probe_mib, given.kept)
     file.write_text("".join(row.to_json() + "\n" for row in rows))
     paths = plots.plot_all(rows, images)
     text = render(rows, parts(given.quick), [path.relative_to(given.docs) for path in paths], given.probe_mib)
     (given.docs / "benchmarks.md").write_text(text)
+    if not given.source:
+        given.kept.unlink()
     print(f"{given.docs / 'benchmarks.md'}, {file}, {len(paths)} plots in {images}")
     return int(any(row.verdict.startswith("WRONG") for row in rows))
 
 
-def measure(wanted: Sequence[Part], probe_mib: int) -> list[Row]:
+def measure(wanted: Sequence[Part], probe_mib: int, kept: Path) -> list[Row]:
+    """The rows of all parts. Each is added to the file `kept` as soon as it is there, and what that file has already is
+    not measured again; so a run that was cut off goes on where it was."""
     parser = argparse.ArgumentParser()
     add_run_options(parser)
     runs = [(part, options(parser.parse_args([*part.arguments, "--probe-mib", str(probe_mib)]))) for part in wanted]
-    progress, rows = Progress(sum(BENCH.count(run) for _, run in runs)), []
-    for part, run in runs:
+    rows = load(kept) if kept.exists() else []
+    progress = Progress(sum(BENCH.count(run) for _, run in runs), done=len(rows))
+    kept.parent.mkdir(parents=True, exist_ok=True)
+    with kept.open("a") as file:
+        for part, run in runs:
 
-        def emit(row: Row, part: str = part.name) -> None:
-            rows.append(replace(row, part=part))
-            progress.step(row.summary)
+            def emit(row: Row, part: str = part.name) -> None:
+                rows.append(replace(row, part=part))
+                print(rows[-1].to_json(), file=file, flush=True)
+                progress.step(row.summary)
 
-        collect(BENCH, run, emit)
-    return rows
+            for rest in left(run, [row for row in rows if row.part == part.name]):
+                # A process for each layer: zentorch knows weights by their address, also after they are gone.
+                collect(BENCH, rest, emit, apart=True)
+    order = [part.name for part in wanted]
+    return sorted((row for row in rows if row.part in order), key=lambda row: order.index(row.part))
+
+
+def left(run: Options, done: Sequence[Row]) -> Iterator[Options]:
+    """What of a run is not done, layer by layer."""
+    for shape in run.shapes:
+        have = {row.labels["T"] for row in done if row.labels["shape"] == shape.name}
+        tokens = tuple(T for T in run.tokens if T not in have)
+        if tokens:
+            yield replace(run, shapes=(shape,), tokens=tokens)
 
 
 def render(rows: Sequence[Row], wanted: Sequence[Part], images: Sequence[Path], probe_mib: int) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import random
 import signal
+import subprocess
 import sys
 from collections import Counter
 from dataclasses import replace
@@ -122,6 +123,12 @@ def test_the_command_lists_shapes_and_contenders(capsys: pytest.CaptureFixture[s
     assert command.main(["list"]) == 0
     printed = capsys.readouterr().out
     assert all(f"| {name} " in printed for name in [*SHAPES, *contenders.plugins()])
+
+
+def test_the_command_works_without_triton() -> None:
+    """As in the environment of `make peers`."""
+    code = "import sys; sys.modules['triton'] = None; from benchmarks.__main__ import main; main(['list'])"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parent.parent, capture_output=True)
 
 
 @pytest.mark.parametrize(
@@ -466,6 +473,22 @@ def test_every_part_of_the_report_can_be_run() -> None:
     for quick in (False, True):
         for part in report.parts(quick):
             assert _harness.options(parser.parse_args(part.arguments)).tokens
+
+
+def test_a_report_that_was_cut_off_goes_on(tmp_path: Path) -> None:
+    part = report.Part(
+        "models", "Models", (*SMALL, "--tokens", "1", "2", "--threads", "1", "--contenders", "eager", "polymoe")
+    )
+    kept = tmp_path / "kept"
+    first = report.measure([part], 16, kept)
+    lines = kept.read_text().splitlines()
+    assert [row.labels["T"] for row in first] == [1, 2]
+    assert len(lines) == 2
+    kept.write_text(lines[1] + "\n")
+    second = report.measure([part], 16, kept)
+    assert sorted(int(row.labels["T"]) for row in second) == [1, 2]
+    assert kept.read_text().startswith(lines[1])
+    assert second[0] == first[1]
 
 
 def test_plots_say_that_matplotlib_is_missing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

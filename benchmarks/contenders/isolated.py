@@ -101,6 +101,7 @@ class Worker:
         for line in self._process.stdout:
             if line.startswith("{"):  # libraries print, too
                 self._process.send_signal(signal.SIGSTOP)
+                os.waitid(os.P_PID, self.pid, os.WSTOPPED | os.WEXITED | os.WNOWAIT)  # it stands still a little later
                 answer: dict[str, Any] = json.loads(line)
                 return answer
         raise WorkerFailed(f"benchmarks: the process of {self._name} ended with status {self._process.wait()}")
