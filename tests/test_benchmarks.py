@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -106,11 +107,31 @@ def test_a_lower_level_runs_with_torch_limited_alike(capsys: pytest.CaptureFixtu
     assert device.isa_level() == BEST
 
 
-def test_quantised_weights(capsys):
-    arguments = ["--shapes", "tiny", "--tokens", "3", "--formats", "mxfp4", "--threads", "1", "--quick"]
-    assert bench_quantized.main(arguments) == 0
+QUANTIZED_CELL = ["--shapes", "tiny", "--tokens", "3", "--formats", "mxfp4", "--threads", "1", "--quick"]
+
+
+def test_quantised_weights(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bounds, "last_level_cache", lambda: 0)
+    monkeypatch.setattr(bounds, "VOID_ABOVE", float("inf"))
+    assert bench_quantized.main(QUANTIZED_CELL) == 0
     printed = capsys.readouterr().out
-    assert all(f"| tiny | 3 | {name} |" in printed for name in ("bf16", "mxfp4", "mxfp4, int8"))
+    cells = re.findall(r"^\| tiny \| 3 \| (.+?) \| \S+ \| (\S+) \| \S+ \| (\S+) \|", printed, re.MULTILINE)
+    assert [name for name, *_ in cells] == ["bf16", "mxfp4", "mxfp4, int8"]
+    assert all(re.fullmatch(r"\d+\.\d\d", share) for _, share, _ in cells)
+    errors = [float(error) for *_, error in cells]
+    assert 0 < max(errors[:2]) < errors[2] < bench_quantized.INT8_ERROR  # of what is stored, not of what was quantised
+
+
+def test_quantised_weights_void_and_wrong(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bounds, "last_level_cache", lambda: 0)
+    monkeypatch.setattr(bounds, "VOID_ABOVE", 0.0)
+    monkeypatch.setattr(bench_quantized, "tolerance", lambda *_: 1e-9)
+    assert bench_quantized.main(QUANTIZED_CELL) == 1
+    printed = capsys.readouterr().out
+    assert printed.count("VOID") == printed.count("WRONG") == 3
+    monkeypatch.undo()
+    assert bench_quantized.main(QUANTIZED_CELL) == 0
+    assert capsys.readouterr().out.count("| cache |") == 3
 
 
 def test_backend_selection_is_measured(capsys: pytest.CaptureFixture[str]) -> None:
