@@ -43,8 +43,6 @@ def experts(
     down_zero: Tensor | None = None,
     mode: str = "weight_only",
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    assert mode == "weight_only"  # the backend declines others
-
     def weights_at(placement: str) -> Tensor | None:
         return weights if weight_placement == placement else None
 
@@ -53,9 +51,9 @@ def experts(
     up: Tensor | Stored = gate_up if transposed else gate_up.mT
     back: Tensor | Stored = down if transposed else down.mT
     if gate_up_scale is not None and down_scale is not None:
-        up = Stored(gate_up, gate_up_scale, gate_up_zero, weight_format, H)
+        up = Stored(gate_up, gate_up_scale, gate_up_zero, weight_format, H, mode)
         width = up.shape[2] if activation in UNGATED else up.shape[2] // 2
-        back = Stored(down, down_scale, down_zero, weight_format, width)
+        back = Stored(down, down_scale, down_zero, weight_format, width, mode)
     (_, _, P), (_, I, _) = up.shape, back.shape
     first, second = (_tiles(x, weight, S, device) for weight in (up, back))
 

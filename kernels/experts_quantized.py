@@ -33,8 +33,11 @@ def multiply_quantized_and_activate(
 ) -> None:
     """What kernels/experts.py does with plain weights, by so many programs."""
     (_, H, P), I, gated = gate_up.shape, out.shape[1], kind not in UNGATED
+    precision = gate_up.precision(x)
+    x, row_scale = gate_up.rows(x)
     _quantized_gate_up[(programs,)](
         x,
+        row_scale,
         *gate_up.tensors,
         bias,
         out,
@@ -50,6 +53,7 @@ def multiply_quantized_and_activate(
         *gate_up.sizes,
         tiles.band,
         *strides(x, 2),
+        *strides(row_scale, 2)[:1],
         *strides(bias, 2),
         *strides(weights, 2),
         1 if weights is None else weights.shape[1],
@@ -58,7 +62,7 @@ def multiply_quantized_and_activate(
         HALVES=gated and not interleaved,
         **gate_up.constants,
         EVEN_D=H % tiles.block_k == 0,
-        PRECISION=gate_up.precision(x),
+        PRECISION=precision,
         INDEX=index_type(max(extent(x), P * gate_up.data.shape[2], extent(weights))),
         BLOCK_M=tiles.block_m,
         BLOCK_N=tiles.block_n,
@@ -73,6 +77,7 @@ def multiply_quantized_and_activate(
 @triton.jit(do_not_specialize=["band"])
 def _quantized_gate_up(
     x,
+    row_scale,
     data,
     scale,
     zero,
@@ -94,6 +99,7 @@ def _quantized_gate_up(
     band,
     stride_xt,
     stride_xh,
+    row_scales,
     stride_bias_e,
     stride_bias_n,
     stride_weights_t,
@@ -105,6 +111,7 @@ def _quantized_gate_up(
     CODES: tl.constexpr,
     ROWS: tl.constexpr,
     GROUP: tl.constexpr,
+    ROWS_GROUP: tl.constexpr,
     EVEN_D: tl.constexpr,
     PRECISION: tl.constexpr,
     INDEX: tl.constexpr,
@@ -141,19 +148,24 @@ def _quantized_gate_up(
         of = tl.maximum(group, 0)
 
         x_tile = x
-        row_offsets = row_span.to(INDEX) * stride_xt
+        row_scale_of = row_scale
+        of_rows = row_span.to(INDEX)
         if K is not None:
-            row_offsets = tl.where(used, slot // K, 0).to(INDEX) * stride_xt
+            of_rows = tl.where(used, slot // K, 0).to(INDEX)
         else:
             x_tile += at(first, stride_xt)
+            if row_scale is not None:
+                row_scale_of += at(first, row_scales)
         zero_of = zero
         if zero is not None:
             zero_of += at(of, scale_rows) * scales
         sum = quantized_product(
             x_tile,
-            row_offsets,
+            of_rows * stride_xt,
             used,
             stride_xh,
+            row_scale_of,
+            of_rows * row_scales,
             data + at(of, P) * width,
             scale + at(of, scale_rows) * scales,
             zero_of,
@@ -168,6 +180,7 @@ def _quantized_gate_up(
             CODES,
             ROWS,
             GROUP,
+            ROWS_GROUP,
             EVEN_D,
             PRECISION,
             INDEX,

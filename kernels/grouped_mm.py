@@ -28,10 +28,9 @@ def grouped_mm(
     zero: Tensor | None = None,
     mode: str = "weight_only",
 ) -> Tensor:
-    assert mode == "weight_only"  # the backend declines others
     dtype = out_dtype or a.dtype
     if scale is not None:
-        return grouped_mm_quantized(a, Stored(b.mT, scale, zero, weight_format, a.shape[-1]), offs, bias, dtype)
+        return grouped_mm_quantized(a, Stored(b.mT, scale, zero, weight_format, a.shape[-1], mode), offs, bias, dtype)
     M, N = a.shape[-2], b.shape[-1]
     if a.dim() == b.dim():
         G = a.shape[0] if offs is None else offs.shape[0]

@@ -44,8 +44,10 @@ def multiply_quantized_rows(
     most = most_tiles(S, G + 1, tiles.block_m) * cdiv(N, tiles.block_n)
     if most == 0:
         return
+    rows, row_scale = weight.rows(a)
     _quantized_mm[(programs(most, tiles, current(a.device)),)](
-        a,
+        rows,
+        row_scale,
         *weight.tensors,
         bias,
         out,
@@ -54,7 +56,8 @@ def multiply_quantized_rows(
         D,
         *weight.sizes,
         tiles.band,
-        *strides(a, 2),
+        *strides(rows, 2),
+        *strides(row_scale, 2)[:1],
         *strides(bias, 2),
         **weight.constants,
         EVEN_D=D % tiles.block_k == 0,
@@ -73,6 +76,7 @@ def multiply_quantized_rows(
 @triton.jit(do_not_specialize=["band"])
 def _quantized_mm(
     a,
+    row_scale,
     data,
     scale,
     zero,
@@ -87,11 +91,13 @@ def _quantized_mm(
     band,
     stride_am,
     stride_ak,
+    row_scales,
     stride_bias_g,
     stride_bias_n,
     CODES: tl.constexpr,
     ROWS: tl.constexpr,
     GROUP: tl.constexpr,
+    ROWS_GROUP: tl.constexpr,
     EVEN_D: tl.constexpr,
     PRECISION: tl.constexpr,
     INDEX: tl.constexpr,
@@ -118,11 +124,16 @@ def _quantized_mm(
         zero_of = zero
         if zero is not None:
             zero_of += at(of, scale_rows) * scales
+        row_scale_of = row_scale
+        if row_scale is not None:
+            row_scale_of += at(first, row_scales)
         sum = quantized_product(
             a + at(first, stride_am),
             row_span.to(INDEX) * stride_am,
             row_ok,
             stride_ak,
+            row_scale_of,
+            row_span.to(INDEX) * row_scales,
             data + at(of, N) * width,
             scale + at(of, scale_rows) * scales,
             zero_of,
@@ -137,6 +148,7 @@ def _quantized_mm(
             CODES,
             ROWS,
             GROUP,
+            ROWS_GROUP,
             EVEN_D,
             PRECISION,
             INDEX,

@@ -3,7 +3,7 @@
 Codes are read as they are stored and decoded in registers, to numbers that float32, bfloat16 and float16 all hold
 exactly; the matrix instructions multiply these. A step along the reduction lies within one group of elements that share
 a scale, and its products are summed in a fresh float32 accumulator, which the scale then multiplies: no scale is ever
-rounded into a weight.
+rounded into a weight. With mode="int8" the rows are 8-bit integers too, and the products int32.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from torch import Tensor
 
 from polymoe.kernels.devices import current
 from polymoe.kernels.operands import arithmetic, precision
+from polymoe.kernels.round_rows import GROUP, round_rows
 from polymoe.kernels.tiles import Problem, Tiles, choose_quantized
 
 
@@ -50,6 +51,7 @@ class Stored:
     zero: Tensor | None
     format: str
     D: int
+    mode: str = "weight_only"
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -59,20 +61,25 @@ class Stored:
     def tiles(self, a: Tensor, S: int) -> Tiles:
         """Of its product with S rows like those of `a`."""
         G, D, N = self.shape
-        group = FORMATS[self.format].group
+        group = GROUP if self.mode == "int8" else FORMATS[self.format].group
         return choose_quantized(Problem(self._arithmetic(a), S, G, N, D), current(a.device), group)
 
     def precision(self, a: Tensor) -> str:
         """tl.dot's input_precision of that product."""
         return precision(self._arithmetic(a))
 
+    def rows(self, a: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The rows [S, D] as they are multiplied, and the scales of their groups in the mode "int8"."""
+        return round_rows(a) if self.mode == "int8" else (a, None)
+
     def _arithmetic(self, a: Tensor) -> str:
-        return arithmetic(a, self.data.mT, current(a.device))
+        """Integers take the tiles of 16-bit numbers."""
+        return "bf16" if self.mode == "int8" else arithmetic(a, self.data.mT, current(a.device))
 
     @property
     def tensors(self) -> tuple[Tensor, Tensor, Tensor | None]:
         """data, scale and zero points, for a kernel: 8-bit floats as their bytes."""
-        data = self.data if self.data.dtype == torch.int8 and self.format == "int8" else self.data.view(torch.uint8)
+        data = self.data if self.format == "int8" else self.data.view(torch.uint8)
         scale = self.scale if self.scale.dtype == torch.float32 else self.scale.view(torch.uint8)
         return data, scale, self.zero
 
@@ -86,7 +93,8 @@ class Stored:
     def constants(self) -> dict[str, str | int]:
         """What a kernel is compiled for."""
         format = FORMATS[self.format]
-        return {"CODES": format.codes, "ROWS": format.rows, "GROUP": format.group or 0}
+        rows_group = GROUP if self.mode == "int8" else 0
+        return {"CODES": format.codes, "ROWS": format.rows, "GROUP": format.group or 0, "ROWS_GROUP": rows_group}
 
 
 E4M3_TO_FLOAT32 = tl.constexpr(2.0**120)  # the biases of the exponents differ by 120
@@ -129,6 +137,8 @@ def quantized_product(
     row_offsets,
     row_ok,
     stride_ak,
+    row_scale,
+    row_scale_offsets,
     data,
     scale,
     zero,
@@ -143,6 +153,7 @@ def quantized_product(
     CODES: tl.constexpr,
     ROWS: tl.constexpr,
     GROUP: tl.constexpr,
+    ROWS_GROUP: tl.constexpr,
     EVEN_D: tl.constexpr,
     PRECISION: tl.constexpr,
     INDEX: tl.constexpr,
@@ -150,6 +161,8 @@ def quantized_product(
     """A tile [BLOCK_M, BLOCK_N] of a @ weight^T, in float32.
 
     a: a pointer, to rows at row_offsets
+    row_scale: with ROWS_GROUP the rows are 8-bit integers, so many of which share a scale; the scales of a row are at
+        row_scale_offsets
     data, scale, zero: pointers to the matrix of one group, of which the rows `column` are read; `width` bytes and
         `scales` scales are a row
     """
@@ -168,7 +181,7 @@ def quantized_product(
         if not EVEN_D:
             rows_mask = rows_mask & (k + k_span < D)[None, :]
             data_mask = data_mask & (first_byte + byte_span < width)[None, :]
-        x = tl.load(a + a_offsets, mask=rows_mask, other=0.0)
+        x = tl.load(a + a_offsets, mask=rows_mask, other=0)
         codes = tl.load(data + first_byte + data_offsets, mask=data_mask, other=0)
         place = scale_offsets
         if GROUP > 0:
@@ -180,6 +193,10 @@ def quantized_product(
         if HALVED:
             codes = tl.interleave(codes & 15, codes >> 4)
         w = numbers(codes, middle, CODES).to(x.dtype).T
-        sum = tl.fma(tl.dot(x, w, input_precision=PRECISION), factor[None, :], sum)
+        if ROWS_GROUP > 0:
+            row_factor = tl.load(row_scale + row_scale_offsets + k // ROWS_GROUP, mask=row_ok, other=0.0)
+            sum = tl.fma(tl.dot(x, w).to(tl.float32), row_factor[:, None] * factor[None, :], sum)
+        else:
+            sum = tl.fma(tl.dot(x, w, input_precision=PRECISION), factor[None, :], sum)
         a += tl.cast(stride_ak, tl.int64) * BLOCK_K
     return sum

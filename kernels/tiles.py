@@ -122,7 +122,8 @@ BYTES = {"bf16": 2, "f16": 2, "tf32": 4, "f32": 4}
 SMALLEST_N = 16
 LONGEST_STEP = 128  # along the reduction, of quantised weights
 # Columns at most of a tile of quantised weights, where a thread would hold too many scales beside two accumulators.
-NARROWER = {"sm_90": 64, "sm_100": 64}
+NARROWER = {(family, kind): 64 for family in ("sm_90", "sm_100") for kind in ("bf16", "f16", "tf32")}
+NARROWER["gfx1200", "f32"] = 32
 STAGED_IN_REGISTERS = ("gfx942", "gfx1100", "gfx1200")
 
 
@@ -208,7 +209,7 @@ def closed_form(problem: Problem, device: Device, widest: int | None = None) -> 
 def choose_quantized(problem: Problem, device: Device, group: int | None) -> Tiles:
     """For weights of codes, of which `group` along the reduction share a scale (None: all). Pointers read them, and a
     step is no longer than a group, nor than what a fresh accumulator sums with a small rounding error. Not refined."""
-    tiles = closed_form(problem, device, NARROWER.get(device.family))
+    tiles = closed_form(problem, device, NARROWER.get((device.family, problem.arithmetic)))
     step = min(tiles.block_k, group or LONGEST_STEP, LONGEST_STEP)
     registers = MOST_REGISTERS if device.family.startswith("sm_") else 0
     return replace(tiles, block_k=step, descriptors=False, persistent=False, registers=registers)

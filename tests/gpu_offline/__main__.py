@@ -30,7 +30,7 @@ SUBSET_TOKENS = (1, 8192)
 # Kernels of gradients and of quantised weights take long to compile: one target of either vendor stands for them, and
 # one format for the others.
 SUBSET_OF_OTHERS = ("sm_90", "gfx942")
-SUBSET_FORMAT = ("experts mxfp4", "deepseek-v4-flash")
+SUBSET_FORMAT = ("experts mxfp4 weight_only", "deepseek-v4-flash")
 
 
 def find(

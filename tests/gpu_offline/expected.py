@@ -18,9 +18,15 @@ _MMA_SYNC = {
     "f16": r"HMMA\.16816\.F32",
     "tf32": r"HMMA\.1688\.F32\.TF32",
     "f32": None,
+    "int8": r"IMMA\.16832\.S8\.S8\.SAT",
 }
 _MFMA = {"f32": "v_mfma_f32_16x16x4_f32"}
-_WMMA = {"bf16": "v_wmma_f32_16x16x16_bf16", "f16": "v_wmma_f32_16x16x16_f16", "f32": None}
+_WMMA = {
+    "bf16": "v_wmma_f32_16x16x16_bf16",
+    "f16": "v_wmma_f32_16x16x16_f16",
+    "f32": None,
+    "int8": "v_wmma_i32_16x16x16_iu8",
+}
 INSTRUCTIONS: dict[str, dict[str, str | None]] = {
     "sm_80": _MMA_SYNC,
     "sm_90": {
@@ -28,16 +34,19 @@ INSTRUCTIONS: dict[str, dict[str, str | None]] = {
         "f16": r"HGMMA\.64x\d+x16\.F32",
         "tf32": r"HGMMA\.64x\d+x8\.F32\.TF32",
         "f32": None,
+        "int8": r"IGMMA\.64x\d+x32\.S8\.S8",
     },
-    "sm_100": {"bf16": "UTCHMMA", "f16": "UTCHMMA", "tf32": "UTCHMMA", "f32": None},
+    "sm_100": {"bf16": "UTCHMMA", "f16": "UTCHMMA", "tf32": "UTCHMMA", "f32": None, "int8": "UTCIMMA"},
     "sm_120": _MMA_SYNC,
     "gfx942": _MFMA
     | {
         "bf16": "v_mfma_f32_16x16x16_bf16",
         "f16": "v_mfma_f32_16x16x16_f16",
         "tf32": "v_mfma_f32_16x16x8_xf32",
+        "int8": "v_mfma_i32_16x16x32_i8",
     },
-    "gfx950": _MFMA | {"bf16": "v_mfma_f32_16x16x32_bf16", "f16": "v_mfma_f32_16x16x32_f16"},
+    "gfx950": _MFMA
+    | {"bf16": "v_mfma_f32_16x16x32_bf16", "f16": "v_mfma_f32_16x16x32_f16", "int8": "v_mfma_i32_16x16x32_i8"},
     "gfx1100": _WMMA,
     "gfx1200": _WMMA,
 }
@@ -49,8 +58,8 @@ ACTIVATING = ("down_backward",)
 # Triton 3.9 copies these to shared memory by 4 bytes, because of the order in which the instruction reads them.
 NARROW = (("gfx950", "f32"),)
 
-# What quantised weights load beside 16 bytes: a scale of a byte or a float for every column; and codes of 4 bits by 8
-# bytes, where there are as many threads as that takes.
+# What quantised weights load beside 16 bytes: a scale of a byte or a float for every column; and codes of 4 bits by 4
+# or 8 bytes, where there are so many threads that no more is left for one.
 SCALES = ("1", "4", "8")
 
 

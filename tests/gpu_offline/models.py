@@ -163,7 +163,7 @@ def _experts(model: Model, T: int, dtype: torch.dtype) -> Call:
     return Call("experts", model.name, T, run, 2.0 * S * (model.up + model.I) * model.H, weights * size + rows)
 
 
-def _quantized(model: Model, T: int, dtype: torch.dtype, name: str) -> Call:
+def _quantized(model: Model, T: int, dtype: torch.dtype, name: str, mode: str = "weight_only") -> Call:
     """experts with weights of a format as polymoe.formats stores it."""
     format, S, size = parse(name), T * model.K, dtype.itemsize
     codes = torch.float8_e4m3fn if "fp8" in name else torch.int8 if name == "int8" else torch.uint8
@@ -181,12 +181,12 @@ def _quantized(model: Model, T: int, dtype: torch.dtype, name: str) -> Call:
         x, slots = meta(T, model.H, dtype=dtype), meta(T, model.K, dtype=torch.int32)
         return op("experts")(
             x, up, down, meta(T, model.K, dtype=torch.float32), slots, *numbers, *biases, False, model.interleaved,
-            model.placement, False, name, up_scale, down_scale,
+            model.placement, False, name, up_scale, down_scale, None, None, mode,
         )  # fmt: skip
 
     stored = sum(part.nbytes for part in (up, up_scale, down, down_scale)) / model.E * min(model.E, S)
     rows = 2 * T * model.H * size + S * (2 * model.I * size + 2 * model.H * 4)
-    return Call(f"experts {name}", model.name, T, run, 2.0 * S * (model.up + model.I) * model.H, stored + rows)
+    return Call(f"experts {name} {mode}", model.name, T, run, 2.0 * S * (model.up + model.I) * model.H, stored + rows)
 
 
 def backward(model: Model, T: int, dtype: torch.dtype) -> Iterator[Call]:
@@ -266,6 +266,7 @@ FORMATS = {
     "deepseek-v4-flash": ("mxfp4", "mxfp8", "int8", "int4_g128"),
     "gpt-oss-20b": ("mxfp4",),
 }
+INT8_FORMATS = ("mxfp4", "int8")  # with rows of 8-bit integers
 
 
 def calls(model: Model, T: int, arithmetic: str) -> list[Call]:
@@ -275,8 +276,10 @@ def calls(model: Model, T: int, arithmetic: str) -> list[Call]:
     if model.name not in COMPILED[arithmetic]:
         return []
     found = [_experts(model, T, dtype)]
-    if arithmetic == "bf16":
-        found += [_quantized(model, T, dtype, name) for name in FORMATS.get(model.name, ())]
+    names = FORMATS.get(model.name, ()) if arithmetic == "bf16" else ("mxfp4",) if model.name in LAYOUTS[:1] else ()
+    found += [_quantized(model, T, dtype, name) for name in names]
+    if arithmetic == "bf16" and model.name in LAYOUTS[:1]:
+        found += [_quantized(model, T, dtype, name, "int8") for name in INT8_FORMATS]
     # As tf32 the instructions of sm_90 and sm_100 cannot read weights in this order.
     found += [_down_backward(model, T, dtype)] if model.name in VARIETY and arithmetic != "tf32" else []
     if T in FEW_TOKENS and arithmetic in ("bf16", "f32"):

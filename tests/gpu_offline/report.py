@@ -37,7 +37,12 @@ class Found:
         if "CODES" not in constants:
             return self.arithmetic
         group = f" by {constants['GROUP']}" if constants["GROUP"] else ""
-        return f"{self.arithmetic} x {constants['CODES']}{group}"
+        return f"{self.instruction} x {constants['CODES']}{group}"
+
+    @property
+    def instruction(self) -> str:
+        """What a product's matrix instruction multiplies."""
+        return "int8" if self.launch.constexprs.get("ROWS_GROUP") else self.arithmetic
 
 
 def settings(launch: Launch) -> dict[str, Any]:
@@ -59,7 +64,7 @@ def row(found: Sequence[Found], built: Built) -> dict[str, Any]:
     """One compiled kernel; `found` are all the launches that run it."""
     first = found[0]
     wrong = [built.error] if built.facts is None else complaints(
-        first.launch.name, first.arithmetic, described(first.launch), first.target, built.facts
+        first.launch.name, first.instruction, described(first.launch), first.target, built.facts
     )  # fmt: skip
     return {
         "target": first.target,
@@ -129,7 +134,8 @@ def markdown(rows: Sequence[dict[str, Any]], differing: Sequence[str]) -> str:
             "",
             f"{len(rows)} kernels, {wrong} of which break an expectation: no spills, no local memory, shared memory "
             "within the target's limit, the matrix instruction of the table below and no other, bulk copies (TMA) "
-            "where descriptors are used, loads of 16 bytes in the main loop of a product.",
+            "where descriptors are used, loads of 16 bytes in the main loop of a product (of quantised weights, scales "
+            "one by one, and codes of 4 bits by 4 or 8 bytes too).",
             "",
             *_summary(rows),
             "",

@@ -6,7 +6,7 @@ import pytest
 import torch
 from tests import test_quantized, test_quantized_kernels
 from tests.interpreted.test_products import NoReads
-from tests.test_quantized_kernels import NAMES, dequantized, multiply, weight_of
+from tests.test_quantized_kernels import MODES, NAMES, dequantized, multiply, weight_of
 from triton.runtime.interpreter import InterpretedFunction
 
 import polymoe
@@ -17,8 +17,11 @@ from polymoe.hal.registry import find
 from polymoe.hal.select import declined
 from polymoe.kernels import _launch, quantized
 from polymoe.kernels.devices import INTERPRETER, TARGETS, pretend
+from polymoe.kernels.round_rows import round_rows
 from polymoe.kernels.tiles import RULES, choose_quantized
 from polymoe.kernels.tiles import Problem as Product
+from polymoe.ops._weights import INT8_FORMATS
+from polymoe.reference._quantized import in_int8
 from polymoe.testing.cases import Random
 from polymoe.testing.conformance.bitwise import check_batch
 from polymoe.testing.targets import Target
@@ -47,6 +50,31 @@ def test_every_code_in_every_place(name, seed):
     test_quantized_kernels.test_every_code_in_every_place(name, 289, TRITON, seed)
 
 
+@pytest.mark.parametrize("name", INT8_FORMATS)
+def test_every_code_in_every_place_with_int8_activations(name, seed):
+    test_quantized_kernels.test_every_code_in_every_place_with_int8_activations(name, 289, TRITON, seed)
+
+
+def test_int8_activations_that_are_not_finite(seed):
+    test_quantized_kernels.test_int8_activations_that_are_not_finite(TRITON, seed)
+
+
+@pytest.mark.parametrize("name", INT8_FORMATS)
+def test_int8_rounds_what_is_multiplied(name, seed):
+    test_quantized.test_int8_rounds_what_is_multiplied(name, seed)
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16, torch.float16], ids=str)
+def test_rows_are_rounded_as_the_reference_does(dtype, seed):
+    random = Random(seed)
+    a = random.normal(7, 3, 109, dtype=F32) * 2.0 ** random.integers(-30, 12, 109)
+    for rows in (a[:, 1].to(dtype), a[:, 0].mT.contiguous().mT.to(dtype)):
+        codes, scales = round_rows(rows)
+        assert codes.abs().max() <= 127
+        assert not codes[:, 109:].any()
+        assert torch.equal((codes.double() * scales.double().repeat_interleave(32, -1))[:, :109], in_int8(rows))
+
+
 @pytest.mark.parametrize("name", ["fp8_block32", "fp8_block128", "mxfp8"])
 def test_nan_codes(name, seed):
     test_quantized_kernels.test_nan_codes(name, TRITON, seed)
@@ -68,9 +96,9 @@ def test_accuracy(name, dtype, seed):
     test_quantized_kernels.test_accuracy(name, dtype, TRITON, seed)
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_experts_is_the_composition_of_the_small_ops(name, seed):
-    test_quantized_kernels.test_experts_is_the_composition_of_the_small_ops(name, "weight_only", TRITON, seed)
+@pytest.mark.parametrize(("name", "mode"), MODES)
+def test_experts_is_the_composition_of_the_small_ops(name, mode, seed):
+    test_quantized_kernels.test_experts_is_the_composition_of_the_small_ops(name, mode, TRITON, seed)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -98,15 +126,15 @@ def test_fp8_scales_of_either_kind(seed):
     test_quantized_kernels.test_fp8_scales_of_either_kind(TRITON, seed)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(("name", "mode"), MODES)
 @pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
-def test_same_bits_in_any_batch(name, dtype, seed):
+def test_same_bits_in_any_batch(name, mode, dtype, seed):
     random = Random(seed)
     T, N, D = 70, 21, 667
     a, weight = test_quantized_kernels.cancelling(name, T, N, D, dtype, random)
-    out = multiply(a, weight, TRITON)
+    out = multiply(a, weight, TRITON, mode=mode)
     assert (out != 0).double().mean() > 0.2, "the inputs do not show the order of a sum"
-    check_batch(lambda tokens: multiply(a[tokens], weight, TRITON), T, random, name)
+    check_batch(lambda tokens: multiply(a[tokens], weight, TRITON, mode=mode), T, random, name)
 
 
 @pytest.mark.parametrize("name", ["mxfp4", "int4_g64", "fp8_block64"])
@@ -177,7 +205,9 @@ def test_steps_stay_within_a_group_in_any_batch(family, arithmetic, group):
 
 def test_what_is_served():
     for op in ("experts", "grouped_mm"):
-        for name in NAMES:
-            for mode, reason in (("weight_only", None), ("int8", 'it has no kernel for mode="int8"')):
-                options = OPS[op].options | {"weight_format": name, "mode": mode}
-                assert declined(find("triton"), Problem(op, "cpu", BF16, tuple(options.values()))) == reason
+        for name, mode in MODES:
+            options = OPS[op].options | {"weight_format": name, "mode": mode}
+            assert declined(find("triton"), Problem(op, "cpu", BF16, tuple(options.values()))) is None
+    layer = test_quantized.Layer("mxfp4", 0)
+    found = polymoe.explain("experts", **layer.arguments, backend="triton")
+    assert any("gradients through quantised weights are the reference's" in note for note in found.notes)

@@ -43,8 +43,6 @@ class TritonBackend:
         weight_format = problem.option.get("weight_format", "plain")
         if weight_format.startswith("packed"):
             return "packed weights are laid out for the CPU kernels"
-        if problem.option.get("mode", "weight_only") != "weight_only":
-            return f'it has no kernel for mode="{problem.option["mode"]}"'
         return _too_old() if problem.device_type == "cuda" else None
 
     def implementation(self, op: str) -> Callable[..., Any]:
@@ -62,7 +60,10 @@ class TritonBackend:
 
     def notes(self, op: str, problem: Problem, arguments: Mapping[str, Any]) -> list[str]:
         """Remarks for explain(): what on this path costs extra."""
-        return ["it runs in Triton's interpreter, which is for tests and very slow"] if INTERPRETED else []
+        notes = ["it runs in Triton's interpreter, which is for tests and very slow"] if INTERPRETED else []
+        if problem.option.get("weight_format", "plain") != "plain":
+            notes.append("gradients through quantised weights are the reference's: the host waits for the device")
+        return notes
 
 
 def _too_old() -> str | None:
