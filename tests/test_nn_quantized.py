@@ -158,6 +158,18 @@ ERRORS: dict[str, Callable[[], object]] = {
 }
 
 
+def test_dense_weights_do_not_become_codes(seed: int) -> None:
+    torch.manual_seed(seed)
+    experts = Experts(E, H, I)
+    module = QuantizedExperts.quantize(experts, "int8")
+    kept = bits(module)
+    state = module.state_dict() | {"gate_up": experts.gate_up.detach()}
+    with pytest.raises(ValueError, match=re.escape("gate_up: expected torch.int8, got torch.float32")):
+        module.load_state_dict(state)
+    for name, stored in bits(module).items():
+        assert_same_bits(stored, kept[name], name)
+
+
 @pytest.mark.parametrize("message", list(ERRORS))
 def test_errors(message: str) -> None:
     with pytest.raises(ValueError, match=re.escape(message)):

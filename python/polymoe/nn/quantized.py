@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -153,6 +154,14 @@ class QuantizedExperts(nn.Module):
             for name, buffer in stored.items():
                 self._buffers[name] = self.get_buffer(name).view(buffer.dtype)
         return self
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        # Copying would convert, and dense weights of the same shape would silently become codes.
+        for name, buffer in self._buffers.items():
+            given = state_dict.get(prefix + name)
+            if buffer is not None and given is not None:
+                expect(given.dtype == buffer.dtype, "QuantizedExperts", prefix + name, str(buffer.dtype), given.dtype)
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def extra_repr(self) -> str:
         parts = [f"num_experts={self.num_experts}, hidden_size={self.hidden_size}"]
