@@ -99,7 +99,8 @@ class Worker {
   Worker(const LevelTable& table, const Types& types)
       : table_(table), gemm_(gemm_kernel(table, types.multiplied(), types.in)), types_(types) {}
 
-  static constexpr int64_t kTargetColumns = 192;
+  // A copy of columns pays by long rows of memory.
+  static int64_t target_columns(const Types& types) { return types.copies_panels ? 512 : 192; }
   static int64_t rows_of_block(const LevelTable& table, const Types& types, int64_t d) {
     return block_rows(Panel::row_bytes(gemm_kernel(table, types.multiplied(), types.in), d), cache_sizes().l2);
   }
@@ -108,14 +109,36 @@ class Worker {
     if (is_empty(block, types_)) return write_sums(block, nullptr, 0, column, columns, types_, table_);
     const Problem& p = *block.problem;
     pack(block);
+    if (types_.copies_panels && p.d <= kShort) return run_short(block, column, columns);
     const int64_t size = accumulator_size(types_.in);
     char* const sums = scratch(Scratch::accumulators, block.rows * columns * size);
-    gemm_.multiply(panel_, block.rows, weights(p, column, columns), columns, p.d, sums, columns);
-
+    if (types_.copies_panels) {
+      const Operand w = p.w.at(column);
+      char* const workspace = scratch(Scratch::weights, gemm_.column_workspace(p.d));
+      gemm_.multiply_columns(panel_, block.rows, w.data, w.d_stride, columns, p.d, workspace, sums, columns);
+    } else {
+      gemm_.multiply(panel_, block.rows, weights(p, column, columns), columns, p.d, sums, columns);
+    }
     write_sums(block, sums, columns, column, columns, types_, table_);
   }
 
  private:
+  static constexpr int64_t kShort = 128;  // reductions after which a block's sums cost more than its products
+
+  // Row group by row group, so that its sums stay in the L1 or L2 cache until they are rounded.
+  void run_short(const Block& block, int64_t column, int64_t columns) {
+    const Problem& p = *block.problem;
+    const int64_t size = accumulator_size(types_.in), row_bytes = Panel::row_bytes(gemm_, p.d);
+    const Weights panels = weights(p, column, columns);
+    const RowGroups groups(block.rows, gemm_.max_rows);
+    for (int64_t group = 0; group < groups.count; ++group) {
+      const int64_t first = groups.first_row(group), rows = groups.rows(group);
+      char* const sums = scratch(Scratch::accumulators, rows * columns * size);
+      gemm_.multiply(panel_ + first * row_bytes, rows, panels, columns, p.d, sums, columns);
+      write_sums({&p, block.begin + first, rows}, sums, columns, column, columns, types_, table_);
+    }
+  }
+
   void pack(const Block& block) {
     if (packed_ == &block) return;
     packed_ = &block;
@@ -176,6 +199,7 @@ class ColumnWorker {
 
   // Rows of the result are long, so that they are written page by page, and W is read in long rows as well.
   static constexpr int64_t kTargetColumns = 2048;
+  static int64_t target_columns(const Types&) { return kTargetColumns; }
   static int64_t rows_of_block(const LevelTable&, const Types& types, int64_t d) {
     // A short reduction is soon done: then it is the sums that should stay in the cache until they are rounded.
     constexpr int64_t kShort = 128;
@@ -238,7 +262,7 @@ void run(const std::vector<Problem>& problems, const Types& types) {
     }
   }
   constexpr int64_t kUnit = kPanel;
-  const int64_t columns = task_columns(width, kUnit, Worker::kTargetColumns, int64_t(blocks.size()), threads);
+  const int64_t columns = task_columns(width, kUnit, Worker::target_columns(types), int64_t(blocks.size()), threads);
   std::vector<int64_t> first_task;  // of each block
   int64_t tasks = 0;
   for (const Block& block : blocks) {
@@ -392,7 +416,7 @@ bool takes_columns(const GroupedMm& mm) {
   if (!along_columns(mm) || (mm.a_ragged() && !mm.b_ragged() && mm.as_experts)) return false;
   if (!copies_panels(mm)) return true;
   // A matrix tile repays the copy, but not in a short reduction.
-  constexpr int64_t kLong = 64;
+  constexpr int64_t kLong = 16;
   return mm.a_ragged() && mm.b_ragged() && mm.a.size(-1) < kLong * mm.groups;
 }
 

@@ -119,8 +119,8 @@ struct Rows {
 constexpr int64_t kPanelStep = kPanel * kStep * int64_t(sizeof(bf16));  // bytes of a step of a full panel
 
 // `steps` steps, from step `begin` of the rows of A on, of one or two panels; `c` points to the group's sums.
-void multiply_panels(const Rows& rows, int64_t group, const char* const* panel, int panels, int64_t begin,
-                     int64_t steps, float* c, int64_t ldc, Configured& configured) {
+[[gnu::nothrow]] void multiply_panels(const Rows& rows, int64_t group, const char* const* panel, int panels,
+                                      int64_t begin, int64_t steps, float* c, int64_t ldc, Configured& configured) {
   const Halves halves(rows.groups.rows(group));
   const char* const a = rows.at(group, begin);
   const Side left{{a, a + halves.count[0] * kLine}, {kLine, kLine}, rows.groups.rows(group) * kLine};
@@ -184,8 +184,8 @@ void multiply_full_panels(const Rows& rows, const char* weights, int64_t panels,
 }
 
 // The panel of fewer than kPanel columns: block by block copied to a full one, and multiplied into full sums.
-void multiply_short_panel(const Rows& rows, const char* weights, int64_t columns, int64_t column,
-                          Configured& configured) {
+[[gnu::nothrow]] void multiply_short_panel(const Rows& rows, const char* weights, int64_t columns, int64_t column,
+                                           Configured& configured) {
   constexpr int64_t kCopied = 16;
   alignas(64) char full[kCopied * kPanelStep];
   alignas(64) float sums[kMaxRows * kPanel];
@@ -246,14 +246,22 @@ void pack_left(const char* const* rows, int64_t count, int64_t d, char* out) {
   }
 }
 
+// The order of two rows' elements in pairs, as the intrinsic that joins them takes it.
+struct PairOrder {
+  __m512i low, high;
+  PairOrder() {
+    alignas(64) int16_t order[2][kPanel];
+    for (int i = 0; i < kPanel; ++i)
+      order[i / 16][i % 16 * 2] = int16_t(i), order[i / 16][i % 16 * 2 + 1] = int16_t(i + 32);
+    low = _mm512_load_si512(order[0]), high = _mm512_load_si512(order[1]);
+  }
+};
+
 // Two elements of the reduction at a time become pairs. They are in rows of memory that are far from one another, so a
 // few later ones are asked for.
-void pack_columns(const char* w, int64_t stride, int64_t n, int64_t d, char* out) {
+[[gnu::nothrow]] void pack_columns(const char* w, int64_t stride, int64_t n, int64_t d, char* out) {
   constexpr int64_t kAhead = 16;
-  alignas(64) int16_t order[2][kPanel];
-  for (int i = 0; i < kPanel; ++i)
-    order[i / 16][i % 16 * 2] = int16_t(i), order[i / 16][i % 16 * 2 + 1] = int16_t(i + 32);
-  const __m512i low = _mm512_load_si512(order[0]), high = _mm512_load_si512(order[1]);
+  const PairOrder order;
   for (int64_t k = 0; k < d; k += 2) {
     const char* const even = w + k * stride;
     for (int64_t column = 0; column < n; column += kPanel) {
@@ -268,7 +276,8 @@ void pack_columns(const char* w, int64_t stride, int64_t n, int64_t d, char* out
         continue;
       }
       const __m512i b = _mm512_maskz_loadu_epi16(mask, from + stride);
-      const __m512i first = _mm512_permutex2var_epi16(a, low, b), second = _mm512_permutex2var_epi16(a, high, b);
+      const __m512i first = _mm512_permutex2var_epi16(a, order.low, b);
+      const __m512i second = _mm512_permutex2var_epi16(a, order.high, b);
       if (columns == kPanel) {
         _mm512_storeu_si512(to, first);
         _mm512_storeu_si512(to + kLine, second);
@@ -279,6 +288,66 @@ void pack_columns(const char* w, int64_t stride, int64_t n, int64_t d, char* out
       _mm512_mask_storeu_epi32(to + kLine, __mmask16(pairs >> 16), second);
     }
   }
+}
+
+// A block of weights on its way from columns of memory to products: panels by steps.
+constexpr int64_t kBlockPanels = 4;
+constexpr int64_t kFewRowsSteps = 4, kManyRowsSteps = 16;
+
+int64_t column_workspace(int64_t d) {
+  const int64_t block = kBlockPanels * kManyRowsSteps * kPanelStep, panel = kPanel * d * int64_t(sizeof(bf16));
+  return block > panel ? block : panel;
+}
+
+// Copies `panels` panels of elements [0, d) of the reduction, `panel_bytes` apart, with zeros up to whole steps, while
+// as much is asked for from `ahead` on, unless that is null.
+[[gnu::nothrow]] void pack_block(const char* w, int64_t stride, int64_t panels, int64_t d, const char* ahead, char* out,
+                                 int64_t panel_bytes) {
+  const PairOrder order;
+  const __m512i zero = _mm512_setzero_si512();
+  for (int64_t k = 0; k < steps_of(d) * kStep; k += 2)
+    for (int64_t p = 0; p < panels; ++p) {
+      const char* const from = w + k * stride + p * kLine;
+      if (ahead) {
+        __builtin_prefetch(ahead + k * stride + p * kLine, 0, 2);
+        __builtin_prefetch(ahead + (k + 1) * stride + p * kLine, 0, 2);
+      }
+      const __m512i a = k < d ? _mm512_loadu_si512(from) : zero,
+                    b = k + 1 < d ? _mm512_loadu_si512(from + stride) : zero;
+      char* const to = out + p * panel_bytes + k * kLine;
+      _mm512_store_si512(to, _mm512_permutex2var_epi16(a, order.low, b));
+      _mm512_store_si512(to + kLine, _mm512_permutex2var_epi16(a, order.high, b));
+    }
+}
+
+void multiply_columns(const char* a, int64_t m, const char* w, int64_t stride, int64_t n, int64_t d, char* workspace,
+                      void* c, int64_t ldc) {
+  const Rows rows{a, RowGroups(m, kMaxRows), d, static_cast<float*>(c), ldc};
+  if (trivial(rows, m, n)) return;
+  Configured configured;
+  const int64_t panels = n / kPanel, steps = rows.groups.count > 2 ? kManyRowsSteps : kFewRowsSteps;
+  const int per_strip = rows.small() ? 2 : 1;
+  for (int64_t first = 0; first < panels; first += kBlockPanels) {
+    const int64_t taken = panels - first < kBlockPanels ? panels - first : kBlockPanels;
+    for (int64_t begin = 0; begin < rows.steps(); begin += steps) {
+      const int64_t left = d - begin * kStep, elements = left < steps * kStep ? left : steps * kStep;
+      const int64_t count = steps_of(elements), panel_bytes = steps * kPanelStep;
+      const char* const from = w + begin * kStep * stride + first * kLine;
+      const char* ahead = left > elements ? from + steps * kStep * stride : nullptr;
+      if (!ahead && first + taken < panels) ahead = w + (first + taken) * kLine;
+      pack_block(from, stride, taken, elements, ahead, workspace, panel_bytes);
+      for (int64_t p = 0; p < taken; p += per_strip) {
+        const int together = int(taken - p < per_strip ? taken - p : per_strip);
+        const char* const panel[2] = {workspace + p * panel_bytes, workspace + (p + 1) * panel_bytes};
+        for (int64_t group = 0; group < rows.groups.count; ++group)
+          multiply_panels(rows, group, panel, together, begin, count, rows.sums(group) + (first + p) * kPanel, ldc,
+                          configured);
+      }
+    }
+  }
+  if (n % kPanel == 0) return;
+  pack_columns(w + panels * kLine, stride, n % kPanel, d, workspace);
+  multiply_short_panel(rows, workspace, n % kPanel, panels * kPanel, configured);
 }
 
 // ---- Plain weights ----
@@ -427,8 +496,8 @@ void pack_right(const char* const* rows, int64_t count, int64_t d, char* out) {
 }  // namespace
 
 const GemmKernel plain_bf16 = {kStep, sizeof(bf16), kMaxRows, 1, pack_right, multiply_plain, nullptr};
-const GemmKernel packed_bf16 = {kStep,     sizeof(bf16),    kMaxRows, int(kPanel),
-                                pack_left, multiply_packed, nullptr,  pack_columns};
+const GemmKernel packed_bf16 = {kStep,           sizeof(bf16), kMaxRows,     int(kPanel),      pack_left,
+                                multiply_packed, nullptr,      pack_columns, multiply_columns, column_workspace};
 
 }  // namespace polymoe::POLYMOE_LEVEL
 #endif

@@ -86,6 +86,12 @@ struct GemmKernel {
   // Copies W[n, d] of which the `n` rows lie side by side, `stride` bytes from an element to the next along d, to the
   // layout that the kernel multiplies with. Null where such weights are better multiplied as they lie.
   void (*pack_columns)(const char* w, int64_t stride, int64_t n, int64_t d, char* out) = nullptr;
+
+  // Both in one, a block at a time that is used while the caches hold it, for a long reduction. `workspace` has room
+  // for column_workspace(d) bytes, 64-byte aligned.
+  void (*multiply_columns)(const char* a, int64_t m, const char* w, int64_t stride, int64_t n, int64_t d,
+                           char* workspace, void* c, int64_t ldc) = nullptr;
+  int64_t (*column_workspace)(int64_t d) = nullptr;
 };
 
 // nullptr where the level has no kernel for the dtype (f64 above the portable level).
