@@ -105,7 +105,8 @@ class Worker {
     return block_rows(Panel::row_bytes(gemm_kernel(table, types.multiplied(), types.in), d), cache_sizes().l2);
   }
 
-  void run(const Block& block, int64_t column, int64_t columns) {
+  // `next`: the first weight of the call that will follow, or null.
+  void run(const Block& block, int64_t column, int64_t columns, const char* next) {
     if (is_empty(block, types_)) return write_sums(block, nullptr, 0, column, columns, types_, table_);
     const Problem& p = *block.problem;
     pack(block);
@@ -117,9 +118,18 @@ class Worker {
       char* const workspace = scratch(Scratch::weights, gemm_.column_workspace(p.d));
       gemm_.multiply_columns(panel_, block.rows, w.data, w.d_stride, columns, p.d, workspace, sums, columns);
     } else {
-      gemm_.multiply(panel_, block.rows, weights(p, column, columns), columns, p.d, sums, columns);
+      gemm_.multiply(panel_, block.rows, weights(p, column, columns, next), columns, p.d, sums, columns);
     }
     write_sums(block, sums, columns, column, columns, types_, table_);
+  }
+
+  // Null where the weights are copied before they are multiplied.
+  const char* first_weight(const Block& block, int64_t column) const {
+    const Problem& p = *block.problem;
+    const int64_t size = size_of(types_.in);
+    if (gemm_.workspace) return p.matrix.data + column * p.matrix.data_stride;
+    if (types_.format == WeightFormat::packed) return p.w.data + column * p.d * size;
+    return !types_.copies_panels && (p.w.d_stride == size || p.d <= 1) ? p.w.at(column).data : nullptr;
   }
 
  private:
@@ -129,7 +139,7 @@ class Worker {
   void run_short(const Block& block, int64_t column, int64_t columns) {
     const Problem& p = *block.problem;
     const int64_t size = accumulator_size(types_.in), row_bytes = Panel::row_bytes(gemm_, p.d);
-    const Weights panels = weights(p, column, columns);
+    const Weights panels = weights(p, column, columns, nullptr);
     const RowGroups groups(block.rows, gemm_.max_rows);
     for (int64_t group = 0; group < groups.count; ++group) {
       const int64_t first = groups.first_row(group), rows = groups.rows(group);
@@ -161,24 +171,24 @@ class Worker {
     }
   }
 
-  Weights weights(const Problem& p, int64_t column, int64_t columns) {
+  Weights weights(const Problem& p, int64_t column, int64_t columns, const char* next) {
     const int64_t size = size_of(types_.in);
     if (gemm_.workspace) {
-      Weights weights{nullptr, nullptr, columns, 0, 0, nullptr};
+      Weights weights{nullptr, nullptr, columns, 0, 0, next};
       weights.matrix = &p.matrix;
       weights.first_row = column;
       weights.workspace = scratch(Scratch::weights, gemm_.workspace(p.d));
       return weights;
     }
     if (types_.format == WeightFormat::packed)
-      return {p.w.data + column * p.d * size, nullptr, columns, 0, p.n - column, nullptr};
+      return {p.w.data + column * p.d * size, nullptr, columns, 0, p.n - column, next};
     const Operand w = p.w.at(column);
     if (types_.copies_panels) {
       char* const panels = scratch(Scratch::weights, columns * p.d * size);
       gemm_.pack_columns(w.data, w.d_stride, columns, p.d, panels);
       return {panels, nullptr, columns, 0, columns, nullptr};
     }
-    if (p.w.d_stride == size || p.d <= 1) return {w.data, nullptr, columns, w.row_stride, 0, nullptr};
+    if (p.w.d_stride == size || p.d <= 1) return {w.data, nullptr, columns, w.row_stride, 0, next};
     char* const copy = scratch(Scratch::weights, columns * p.d * size);
     copy_rows(w, columns, p.d, size, copy);
     return {copy, nullptr, columns, p.d * size, 0, nullptr};
@@ -207,7 +217,9 @@ class ColumnWorker {
     return block_rows(std::max(d, d <= kShort ? kTargetColumns : 0) * size, cache_sizes().l2);
   }
 
-  void run(const Block& block, int64_t column, int64_t columns) {
+  const char* first_weight(const Block&, int64_t) const { return nullptr; }
+
+  void run(const Block& block, int64_t column, int64_t columns, const char*) {
     if (is_empty(block, types_)) return write_sums(block, nullptr, 0, column, columns, types_, table_);
     const Problem& p = *block.problem;
     pack(block);
@@ -270,15 +282,22 @@ void run(const std::vector<Problem>& problems, const Types& types) {
     tasks += ceil_div(block.problem->n, columns);
   }
 
-  DynamicTasks queue(tasks);
+  const auto block_of = [&](int64_t task) {
+    return size_t(std::upper_bound(first_task.begin(), first_task.end(), task) - first_task.begin()) - 1;
+  };
+  GuidedTasks queue(tasks, threads);
   parallel_region(int(std::min<int64_t>(threads, tasks)), [&](int) {
     Worker worker(table, types);
-    for (Range task = queue.next(); !task.empty(); task = queue.next()) {
-      const auto after = std::upper_bound(first_task.begin(), first_task.end(), task.begin);
-      const size_t index = size_t(after - first_task.begin()) - 1;
-      const int64_t column = (task.begin - first_task[index]) * columns;
-      worker.run(blocks[index], column, std::min(columns, blocks[index].problem->n - column));
-    }
+    for (Range range = queue.next(); !range.empty(); range = queue.next())
+      for (int64_t task = range.begin; task < range.end; ++task) {
+        const size_t index = block_of(task);
+        const Block& block = blocks[index];
+        const int64_t column = (task - first_task[index]) * columns;
+        const size_t after = column + columns < block.problem->n ? index : index + 1;
+        const int64_t next_column = after == index ? column + columns : 0;
+        const char* const next = task + 1 < range.end ? worker.first_weight(blocks[after], next_column) : nullptr;
+        worker.run(block, column, std::min(columns, block.problem->n - column), next);
+      }
     finish_streams(types);
   });
 }
