@@ -11,6 +11,7 @@
 
 #include <algorithm>
 #include <optional>
+#include <utility>
 #include <vector>
 
 #include "check.h"
@@ -124,8 +125,7 @@ class Worker {
   }
 
   // Null where the weights are copied before they are multiplied.
-  const char* first_weight(const Block& block, int64_t column) const {
-    const Problem& p = *block.problem;
+  const char* first_weight(const Problem& p, int64_t column) const {
     const int64_t size = size_of(types_.in);
     if (gemm_.workspace) return p.matrix.data + column * p.matrix.data_stride;
     if (types_.format == WeightFormat::packed) return p.w.data + column * p.d * size;
@@ -139,7 +139,10 @@ class Worker {
   void run_short(const Block& block, int64_t column, int64_t columns) {
     const Problem& p = *block.problem;
     const int64_t size = accumulator_size(types_.in), row_bytes = Panel::row_bytes(gemm_, p.d);
-    const Weights panels = weights(p, column, columns, nullptr);
+    const Operand w = p.w.at(column);
+    char* const copy = scratch(Scratch::weights, columns * p.d * size_of(types_.in));
+    gemm_.pack_columns(w.data, w.d_stride, columns, p.d, copy);
+    const Weights panels{copy, nullptr, columns, 0, columns, nullptr};
     const RowGroups groups(block.rows, gemm_.max_rows);
     for (int64_t group = 0; group < groups.count; ++group) {
       const int64_t first = groups.first_row(group), rows = groups.rows(group);
@@ -180,17 +183,11 @@ class Worker {
       weights.workspace = scratch(Scratch::weights, gemm_.workspace(p.d));
       return weights;
     }
-    if (types_.format == WeightFormat::packed)
-      return {p.w.data + column * p.d * size, nullptr, columns, 0, p.n - column, next};
-    const Operand w = p.w.at(column);
-    if (types_.copies_panels) {
-      char* const panels = scratch(Scratch::weights, columns * p.d * size);
-      gemm_.pack_columns(w.data, w.d_stride, columns, p.d, panels);
-      return {panels, nullptr, columns, 0, columns, nullptr};
-    }
-    if (p.w.d_stride == size || p.d <= 1) return {w.data, nullptr, columns, w.row_stride, 0, next};
+    const char* const first = first_weight(p, column);
+    if (types_.format == WeightFormat::packed) return {first, nullptr, columns, 0, p.n - column, next};
+    if (first) return {first, nullptr, columns, p.w.row_stride, 0, next};
     char* const copy = scratch(Scratch::weights, columns * p.d * size);
-    copy_rows(w, columns, p.d, size, copy);
+    copy_rows(p.w.at(column), columns, p.d, size, copy);
     return {copy, nullptr, columns, p.d * size, 0, nullptr};
   }
 
@@ -217,7 +214,7 @@ class ColumnWorker {
     return block_rows(std::max(d, d <= kShort ? kTargetColumns : 0) * size, cache_sizes().l2);
   }
 
-  const char* first_weight(const Block&, int64_t) const { return nullptr; }
+  const char* first_weight(const Problem&, int64_t) const { return nullptr; }
 
   void run(const Block& block, int64_t column, int64_t columns, const char*) {
     if (is_empty(block, types_)) return write_sums(block, nullptr, 0, column, columns, types_, table_);
@@ -282,21 +279,22 @@ void run(const std::vector<Problem>& problems, const Types& types) {
     tasks += ceil_div(block.problem->n, columns);
   }
 
-  const auto block_of = [&](int64_t task) {
-    return size_t(std::upper_bound(first_task.begin(), first_task.end(), task) - first_task.begin()) - 1;
+  const auto place_of = [&](int64_t task) {
+    const size_t index = size_t(std::upper_bound(first_task.begin(), first_task.end(), task) - first_task.begin()) - 1;
+    return std::pair{&blocks[index], (task - first_task[index]) * columns};
   };
   GuidedTasks queue(tasks, threads);
   parallel_region(int(std::min<int64_t>(threads, tasks)), [&](int) {
     Worker worker(table, types);
     for (Range range = queue.next(); !range.empty(); range = queue.next())
       for (int64_t task = range.begin; task < range.end; ++task) {
-        const size_t index = block_of(task);
-        const Block& block = blocks[index];
-        const int64_t column = (task - first_task[index]) * columns;
-        const size_t after = column + columns < block.problem->n ? index : index + 1;
-        const int64_t next_column = after == index ? column + columns : 0;
-        const char* const next = task + 1 < range.end ? worker.first_weight(blocks[after], next_column) : nullptr;
-        worker.run(block, column, std::min(columns, block.problem->n - column), next);
+        const auto [block, column] = place_of(task);
+        const char* next = nullptr;
+        if (task + 1 < range.end) {
+          const auto [after, begin] = place_of(task + 1);
+          next = worker.first_weight(*after->problem, begin);
+        }
+        worker.run(*block, column, std::min(columns, block->problem->n - column), next);
       }
     finish_streams(types);
   });

@@ -64,7 +64,7 @@ def _fill(rows: Tensor, pool: Tensor, begins: list[int], rows_per_scale: int = 1
         piece.copy_(pool[first : first + len(piece)].view(torch.uint8))
 
 
-def quantized_experts(name: str, experts: Callable[..., Tensor]) -> Callable[..., Tensor]:
+def quantized_experts(name: str, experts: Callable[..., Tensor], mode: str = "weight_only") -> Callable[..., Tensor]:
     """DeepSeek-V4's experts, from the weights that their module has in the format `name`."""
 
     def forward(self: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
@@ -80,6 +80,9 @@ def quantized_experts(name: str, experts: Callable[..., Tensor]) -> Callable[...
             weight_format=gate_up.format,
             gate_up_scale=gate_up.scale,
             down_scale=down.scale,
+            gate_up_zero=gate_up.zero,
+            down_zero=down.zero,
+            mode=mode,
         )
 
     return forward

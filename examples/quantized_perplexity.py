@@ -13,22 +13,20 @@ import math
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import torch
 import train_tiny_moe
+from demo_weights import quantized_experts
 from torch import Tensor, nn
 from transformers import DeepseekV4ForCausalLM
 from transformers.integrations.moe import ExpertsInterface
 from transformers.models.deepseek_v4.modeling_deepseek_v4 import DeepseekV4Experts
 
 import polymoe
-from polymoe.formats import Weight, parse
-from polymoe.ops._weights import INT8_FORMATS
+from polymoe.formats import parse
+from polymoe.ops._weights import INT8_FORMATS, MODES
 
 FORMATS = ("fp8_block128", "fp8_block32", "mxfp8", "mxfp4", "int8", "int4_g128", "int4_g64", "int4_g32")
-ROWS = [("bf16", "weight_only")]
-ROWS += [(name, mode) for name in FORMATS for mode in ("weight_only", "int8") if mode != "int8" or name in INT8_FORMATS]
 
 SIZES = {"batch": 8, "length": 128, "experts": 32, "layers": 4, "gamma": 0.01, "seed": 0, "out": Path()}
 
@@ -43,58 +41,35 @@ text with its routed experts stored in each format. Everything else stays float3
 "int8" as mode: activations rounded to 8-bit integers too. The formats' names are those of `polymoe.formats.FORMATS`.
 """
 
-Experts = Callable[[Any, Tensor, Tensor, Tensor], Tensor]
+Forward = Callable[..., Tensor]
 
 
-def stored_experts(name: str, mode: str, model: nn.Module) -> Experts:
-    """The experts of `model` in bf16, their weights in the format `name`."""
-    weights: dict[nn.Module, list[Weight]] = {}
+def in_bf16(forward: Forward) -> Forward:
+    """The experts with x rounded to bf16 and the result in the model's dtype again."""
+
+    def run(self: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        return forward(self, hidden_states.bfloat16(), top_k_index, top_k_weights).to(hidden_states.dtype)
+
+    return run
+
+
+def bf16_experts(self: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+    both = (weight.bfloat16() for weight in (self.gate_up_proj, self.down_proj))
+    routed = (top_k_weights.float(), top_k_index)
+    return polymoe.experts(hidden_states, *both, *routed, "swiglu_clamped", limit=self.limit)
+
+
+def store(model: nn.Module, name: str) -> float:
+    """Keeps the weights of all experts in the format `name`, where `quantized_experts` looks for them. Returns bits a
+    weight, with scales and zero points."""
+    bits = elements = 0
     for module in model.modules():
         if isinstance(module, DeepseekV4Experts):
-            weights[module] = [parse(name).quantize(w.detach()) for w in (module.gate_up_proj, module.down_proj)]
-
-    def forward(self: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-        gate_up, down = weights[self]
-        out = polymoe.experts(
-            hidden_states.bfloat16(),
-            gate_up.data,
-            down.data,
-            top_k_weights.float(),
-            top_k_index,
-            "swiglu_clamped",
-            limit=self.limit,
-            weight_format=name,
-            gate_up_scale=gate_up.scale,
-            down_scale=down.scale,
-            gate_up_zero=gate_up.zero,
-            down_zero=down.zero,
-            mode=mode,
-        )
-        return out.to(hidden_states.dtype)
-
-    return forward
-
-
-def bf16_experts(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-    out = polymoe.experts(
-        hidden_states.bfloat16(),
-        self.gate_up_proj.bfloat16(),
-        self.down_proj.bfloat16(),
-        top_k_weights.float(),
-        top_k_index,
-        "swiglu_clamped",
-        limit=self.limit,
-    )
-    return out.to(hidden_states.dtype)
-
-
-def bits_of(name: str, model: nn.Module) -> float:
-    """Stored bits of a weight of the experts, scales and zero points included."""
-    if name in ("float32", "bf16"):
-        return {"float32": 32.0, "bf16": 16.0}[name]
-    module = next(module for module in model.modules() if isinstance(module, DeepseekV4Experts))
-    weights = [module.gate_up_proj.detach(), module.down_proj.detach()]
-    return 8 * sum(parse(name).quantize(w).nbytes for w in weights) / sum(w.numel() for w in weights)
+            both = [parse(name).quantize(weight.detach()) for weight in (module.gate_up_proj, module.down_proj)]
+            module.quantized = {name: both}
+            bits += sum(8 * weight.nbytes for weight in both)
+            elements += sum(weight.shape.numel() for weight in both)
+    return bits / elements
 
 
 @torch.no_grad()
@@ -111,13 +86,19 @@ def nats_per_byte(model: DeepseekV4ForCausalLM, text: Tensor, length: int) -> fl
 
 def measure(model: DeepseekV4ForCausalLM, text: Tensor, length: int) -> Iterator[tuple[str, str, float, float]]:
     """Format, mode, stored bits a weight, nats a byte; float32 first."""
-    model.set_experts_implementation("polymoe")
-    yield "float32", "", bits_of("float32", model), nats_per_byte(model, text, length)
-    for name, mode in ROWS:
-        key = f"{name} {mode}"
-        ExpertsInterface.register(key, bf16_experts if name == "bf16" else stored_experts(name, mode, model))
-        model.set_experts_implementation(key)
-        yield name, mode if name != "bf16" else "", bits_of(name, model), nats_per_byte(model, text, length)
+
+    def run(implementation: str) -> float:
+        model.set_experts_implementation(implementation)
+        return nats_per_byte(model, text, length)
+
+    yield "float32", "", 32.0, run("polymoe")
+    ExpertsInterface.register("bf16", in_bf16(bf16_experts))
+    yield "bf16", "", 16.0, run("bf16")
+    for name in FORMATS:
+        bits = store(model, name)
+        for mode in MODES if name in INT8_FORMATS else MODES[:1]:
+            ExpertsInterface.register(f"{name} {mode}", in_bf16(quantized_experts(name, polymoe.experts, mode)))
+            yield name, mode, bits, run(f"{name} {mode}")
 
 
 def main() -> int:

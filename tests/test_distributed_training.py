@@ -119,6 +119,7 @@ def run_two(program: str, folder: Path, *arguments: str) -> dict[str, dict[str, 
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
+            cwd=Path(__file__).parent.parent,
         )
         for rank in range(2)
     ]
