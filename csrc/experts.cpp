@@ -10,6 +10,7 @@
 #include "experts_run.h"
 #include "plan.h"
 #include "route.h"
+#include "table.h"
 #include "weight_format.h"
 
 namespace polymoe {
@@ -101,6 +102,16 @@ at::Tensor empty(at::IntArrayRef sizes, at::ScalarType dtype) {
   return at::detail::empty_cpu(sizes, at::TensorOptions(dtype));
 }
 
+// The routing weights as accumulators, contiguous.
+at::Tensor widen(const at::Tensor& weights, Dtype dtype) {
+  const at::ScalarType wide = accumulator_dtype(dtype);
+  if (weights.scalar_type() == wide || wide == at::kDouble) return weights.to(wide).contiguous();
+  const at::Tensor rows = weights.contiguous(), out = empty(rows.sizes(), wide);
+  level_table(dtype).rows->widen_row[int(kernel_dtype(rows.scalar_type()))](rows.const_data_ptr(),
+                                                                            out.mutable_data_ptr(), rows.numel());
+  return out;
+}
+
 Operand rows_of_expert_0(const at::Tensor& weight, bool transposed) {
   const int64_t size = weight.element_size();
   return {static_cast<const char*>(weight.const_data_ptr()), weight.stride(transposed ? 2 : 1) * size,
@@ -162,8 +173,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> experts_c
 
   const Dtype dtype = kernel_dtype(x.scalar_type());
   const at::Tensor rows = s.H > 1 && x.stride(1) != 1 ? x.contiguous() : x;
-  const at::ScalarType wide = accumulator_dtype(dtype);
-  const at::Tensor routing = (weights.scalar_type() == wide ? weights : weights.to(wide)).contiguous();
+  const at::Tensor routing = widen(weights, dtype);
   const at::Tensor out = empty({s.T, s.H}, x.scalar_type());
   const at::Tensor pre = save ? empty({s.T * s.K, s.width}, x.scalar_type()) : empty({0}, x.scalar_type());
 

@@ -1,9 +1,6 @@
 #include "experts_run.h"
 
 #include <algorithm>
-#include <cstdlib>
-#include <memory>
-#include <new>
 
 #include "isa.h"
 #include "threads.h"
@@ -365,20 +362,14 @@ void run_experts(const ExpertsArguments& args, const ChunkPlan& plan) {
 
   Layer layer{args, plan, table, gemm, size_of(args.dtype), accumulator_size(args.dtype), {}, nullptr, nullptr};
   layer.blocks = cut_rows(plan.offsets, args.experts, block_rows(resident, cache_sizes().l2));
-  const auto memory = [](int64_t bytes) {
-    std::unique_ptr<char, decltype(&std::free)> found(
-        static_cast<char*>(std::aligned_alloc(64, size_t(ceil_div(bytes, 64) * 64 + 64))), std::free);
-    if (!found) throw std::bad_alloc();
-    return found;
-  };
-  const auto activations = memory(total * row_bytes);
-  layer.activations = activations.get();
+  const Memory activations(Scratch::activations, total * row_bytes);
+  layer.activations = activations.data();
 
-  const bool once = rounds_to_int8(args.format) && args.placement != WeightPlacement::input;
-  const auto rounded = memory(once ? args.tokens * Panel::row_bytes(gemm, args.hidden) : 0);
-  if (once) {
-    round_tokens(layer, rounded.get(), threads);
-    layer.rounded = rounded.get();
+  Memory rounded;
+  if (rounds_to_int8(args.format) && args.placement != WeightPlacement::input) {
+    rounded = Memory(Scratch::rounded, args.tokens * Panel::row_bytes(gemm, args.hidden));
+    round_tokens(layer, rounded.data(), threads);
+    layer.rounded = rounded.data();
   }
   gate_up_phase(layer, threads);
   down_combine_phase(layer, threads);

@@ -107,6 +107,15 @@ char* scratch(Scratch slot, int64_t bytes) {
   return buffer.memory.get();
 }
 
+Memory::Memory(Scratch slot, int64_t bytes) {
+  constexpr int64_t kLittle = 1 << 20;
+  if (bytes > kLittle) {
+    owned_.reset(static_cast<char*>(std::aligned_alloc(64, size_t(ceil_div(bytes, 64) * 64))));
+    if (!owned_) throw std::bad_alloc();
+  }
+  data_ = owned_ ? owned_.get() : scratch(slot, bytes);
+}
+
 void copy_rows(const Operand& from, int64_t rows, int64_t d, int64_t element_size, char* out) {
   if (from.d_stride == element_size) {
     for (int64_t r = 0; r < rows; ++r)

@@ -5,7 +5,9 @@
 #include <ATen/core/Tensor.h>
 
 #include <cstdint>
+#include <cstdlib>
 #include <cstring>
+#include <memory>
 #include <utility>
 
 #include "table.h"
@@ -34,9 +36,25 @@ struct Operand {
 };
 
 // Memory of the calling thread, 64-byte aligned, kept for the thread's next use of the same slot; contents undefined.
-enum class Scratch : int { panel, weights, accumulators, row, bias, sums, plan };
-inline constexpr int kScratches = 7;
+enum class Scratch : int { panel, weights, accumulators, row, bias, sums, plan, activations, rounded };
+inline constexpr int kScratches = 9;
 char* scratch(Scratch slot, int64_t bytes);
+
+// Memory of one call, aligned alike: the thread's own where it is little, which the allocator would slow down, and
+// where it is much freed with the object.
+class Memory {
+ public:
+  Memory() = default;
+  Memory(Scratch slot, int64_t bytes);
+  char* data() const { return data_; }
+
+ private:
+  struct Free {
+    void operator()(char* p) const { std::free(p); }
+  };
+  std::unique_ptr<char, Free> owned_;
+  char* data_ = nullptr;
+};
 
 // Copies elements [0, d) of rows [0, rows) to out[row][element], whatever the strides.
 void copy_rows(const Operand& from, int64_t rows, int64_t d, int64_t element_size, char* out);

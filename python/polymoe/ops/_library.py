@@ -94,6 +94,7 @@ def define_op(
         register_gradient(name, qualified, gradient)
 
     op = getattr(torch.ops.polymoe, name).default
+    run = op._op  # what op(...) calls, without a frame of Python between
     names = [argument.name for argument in op._schema.arguments]
     option_slots = [(names.index(option), default) for option, default in options.items()]
 
@@ -112,8 +113,12 @@ def define_op(
         if all(map(is_, args[required:], defaults)):
             args = args[:required]
         # The autograd kernel is Python and costs microseconds: step below it where there is no gradient to record. For
-        # CPU tensors C++ does that (csrc/autograd.cpp).
-        if backend == "cpu" or (torch.is_grad_enabled() and torch._C._any_requires_grad(*args)):
+        # CPU tensors C++ does that (csrc/autograd.cpp), and without a gradient that has to know it the backend need not
+        # be named: it is the default.
+        recording = torch.is_grad_enabled()
+        if backend == "cpu" and not recording:
+            return run(*args)
+        if backend == "cpu" or (recording and torch._C._any_requires_grad(*args)):
             return op(*args, backend=backend)
         with torch._C._AutoDispatchBelowAutograd():
             return op(*args, backend=backend)
