@@ -36,16 +36,15 @@ from benchmarks.models import ALIASES, SHAPES, shape_of
 from benchmarks.probes import BandwidthProbe, PeakProbe
 from polymoe import formats
 from polymoe.formats import Weight
-from polymoe.ops._weights import INT8_FORMATS, QUANTIZED
 from polymoe.testing.tolerances import relative_frobenius
 
 FORMATS = ("mxfp4", "fp8_block128", "mxfp8", "int8", "int4_g128", "int4_g32")
 CHECKED_TOKENS = 2  # dequantising their experts to float64 takes longer than a measurement
 ATTEMPTS = 3
 
-# The largest of 32 numbers is at most sqrt(32) times their root mean square, and 8 bits round to within 1/254 of it; so
-# are what gate and up multiply, and what down does.
-INT8_ERROR = 3 * math.sqrt(32) / 254
+# The largest of 128 numbers is at most sqrt(128) times their root mean square, and 8 bits round to within 1/254 of it;
+# so are what gate and up multiply, and what down does.
+INT8_ERROR = 3 * math.sqrt(128) / 254
 
 
 @dataclass(frozen=True)
@@ -101,8 +100,8 @@ def contenders(layer: Layer, names: Sequence[str]) -> Iterator[Stored]:
         values: dict[str, Any] = {"gate_up": Dequantized(up), "down": Dequantized(down)}
         true = replace(layer, **values)
         scales = {"gate_up_scale": up.scale, "down_scale": down.scale}
-        for mode in ("weight_only", "int8") if name in INT8_FORMATS else ("weight_only",):
-            label = name if mode == "weight_only" else f"{name}, int8"
+        for mode in formats.parse(name).modes:
+            label = name if mode == "weight_only" else f"{name}, {mode}"
             both = up.data, down.data
             how: dict[str, Any] = {"weight_format": name, **scales}
             yield stored(layer, label, up.nbytes + down.nbytes, mode, *both, true, **how)
@@ -187,7 +186,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.bench_quantized", allow_abbrev=False)
     parser.add_argument("--shapes", default="w1,w2,w3", help=f"of {', '.join([*ALIASES, *SHAPES])}")
     parser.add_argument("--tokens", default="1,16,128")
-    parser.add_argument("--formats", default=",".join(FORMATS), help=f"of {', '.join(QUANTIZED)}")
+    parser.add_argument("--formats", default=",".join(FORMATS), help=f"of {', '.join(formats.FORMATS)}")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--isa", default=supported_levels()[-1], help=f"of {', '.join(supported_levels())}")
     parser.add_argument("--seed", type=int, default=0)

@@ -51,16 +51,17 @@ void check_dtypes(const char* op, const QuantizedNames& names, const Layout& lay
 // The kernels' format in this mode.
 WeightFormat kernel_for(const char* op, const Layout& layout, c10::string_view mode) {
   if (mode == "weight_only") return layout.format;
-  POLYMOE_CHECK(mode == "int8", op, "mode", "'weight_only' or 'int8'", "'", mode, "'");
+  const bool g128 = mode == "int8_g128";
+  POLYMOE_CHECK(g128 || mode == "int8", op, "mode", "one of 'weight_only', 'int8', 'int8_g128'", "'", mode, "'");
   switch (layout.format) {
     case WeightFormat::mxfp4:
-      return WeightFormat::mxfp4_by_int8;
+      return g128 ? WeightFormat::mxfp4_by_int8_g128 : WeightFormat::mxfp4_by_int8;
     case WeightFormat::int8:
-      return WeightFormat::int8_by_int8;
+      return g128 ? WeightFormat::int8_by_int8_g128 : WeightFormat::int8_by_int8;
     default:
-      POLYMOE_CHECK(layout.format == WeightFormat::int4, op, "mode", c10::str("'weight_only' for ", layout.name),
-                    "'int8'");
-      return WeightFormat::int4_by_int8;
+      POLYMOE_CHECK(layout.format == WeightFormat::int4, op, "mode", c10::str("'weight_only' for ", layout.name), "'",
+                    mode, "'");
+      return g128 ? WeightFormat::int4_by_int8_g128 : WeightFormat::int4_by_int8;
   }
 }
 

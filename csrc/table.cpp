@@ -14,6 +14,9 @@
   extern const GemmTable mxfp4_by_int8_gemm_table;                \
   extern const GemmTable int8_by_int8_gemm_table;                 \
   extern const GemmTable int4_by_int8_gemm_table;                 \
+  extern const GemmTable mxfp4_by_int8_g128_gemm_table;           \
+  extern const GemmTable int8_by_int8_g128_gemm_table;            \
+  extern const GemmTable int4_by_int8_g128_gemm_table;            \
   extern const RowGemmTable row_gemm_table;                       \
   extern const ActivationTable activation_table;                  \
   extern const ActivationGradientTable activation_gradient_table; \
@@ -35,7 +38,8 @@ namespace {
 #define POLYMOE_LEVEL_ENTRY(level)                                                                                \
   {{&level::plain_gemm_table, &level::packed_gemm_table, &level::fp8_gemm_table, &level::mxfp8_gemm_table,        \
     &level::mxfp4_gemm_table, &level::int8_gemm_table, &level::int4_gemm_table, &level::mxfp4_by_int8_gemm_table, \
-    &level::int8_by_int8_gemm_table, &level::int4_by_int8_gemm_table},                                            \
+    &level::int8_by_int8_gemm_table, &level::int4_by_int8_gemm_table, &level::mxfp4_by_int8_g128_gemm_table,      \
+    &level::int8_by_int8_g128_gemm_table, &level::int4_by_int8_g128_gemm_table},                                  \
    &level::row_gemm_table,                                                                                        \
    &level::activation_table,                                                                                      \
    &level::activation_gradient_table,                                                                             \

@@ -24,7 +24,6 @@ from transformers.models.deepseek_v4.modeling_deepseek_v4 import DeepseekV4Exper
 
 import polymoe
 from polymoe.formats import parse
-from polymoe.ops._weights import INT8_FORMATS, MODES
 
 FORMATS = ("fp8_block128", "fp8_block32", "mxfp8", "mxfp4", "int8", "int4_g128", "int4_g64", "int4_g32")
 
@@ -38,7 +37,8 @@ text with its routed experts stored in each format. Everything else stays float3
 
 {table}
 
-"int8" as mode: activations rounded to 8-bit integers too. The formats' names are those of `polymoe.formats.FORMATS`.
+"int8" and "int8_g128" as mode: activations rounded to 8-bit integers too, in groups of 32 or of 128. The formats' names
+are those of `polymoe.formats.FORMATS`.
 """
 
 Forward = Callable[..., Tensor]
@@ -96,7 +96,7 @@ def measure(model: DeepseekV4ForCausalLM, text: Tensor, length: int) -> Iterator
     yield "bf16", "", 16.0, run("bf16")
     for name in FORMATS:
         bits = store(model, name)
-        for mode in MODES if name in INT8_FORMATS else MODES[:1]:
+        for mode in parse(name).modes:
             ExpertsInterface.register(f"{name} {mode}", in_bf16(quantized_experts(name, polymoe.experts, mode)))
             yield name, mode, bits, run(f"{name} {mode}")
 

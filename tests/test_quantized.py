@@ -100,23 +100,26 @@ def test_grouped_mm_means_code_times_scale(name: str, seed: int) -> None:
             assert not out[5:].any() or ends is None
 
 
-@pytest.mark.parametrize("name", ["mxfp4", "int8", "int4_g32", "int4_g64", "int4_g128"])
-def test_int8_rounds_what_is_multiplied(name: str, seed: int) -> None:
-    """Within half a step of 1/127 of the largest in each group of 32."""
+@pytest.mark.parametrize(
+    ("name", "mode"),
+    [(name, mode) for mode in formats.MODES[1:] for name in NAMES if mode in formats.FORMATS[name].modes],
+)
+def test_int8_rounds_what_is_multiplied(name: str, mode: str, seed: int) -> None:
+    """Within half a step of 1/127 of the largest in each group."""
     layer = Layer(name, seed)
     truth = polymoe.experts(**layer.dense(), backend="reference")
-    for backend in servers("experts", name, "int8"):
-        out = polymoe.experts(**layer.arguments, mode="int8", backend=backend)
+    for backend in servers("experts", name, mode):
+        out = polymoe.experts(**layer.arguments, mode=mode, backend=backend)
         assert 1e-4 < relative_frobenius(out, truth) < 2e-2, backend
     exact = layer.arguments | {"x": torch.randint(-127, 128, (T, H)).float()}
     exact["x"][:, ::32] = 127  # then every group has scale 1
     exact["x"][:, 32] = 127
     how = {"weight_format": name, "scale": layer.gate_up.scale, "zero": layer.gate_up.zero}
     ends = torch.tensor([1, 2, 4, T])
-    for backend in servers("grouped_mm", name, "int8"):
+    for backend in servers("grouped_mm", name, mode):
         one, other = (
-            polymoe.grouped_mm(exact["x"], layer.gate_up.data.mT, ends, mode=mode, backend=backend, **how)
-            for mode in ("int8", "weight_only")
+            polymoe.grouped_mm(exact["x"], layer.gate_up.data.mT, ends, mode=each, backend=backend, **how)
+            for each in (mode, "weight_only")
         )
         assert relative_frobenius(one, other.double()) < 1e-6, backend
 
@@ -215,7 +218,7 @@ def test_bad_arguments_of_grouped_mm() -> None:
         "b": (layer.x, layer.gate_up.data, ends, None, None, "mxfp4", scale),
         "scale": (layer.x, b, ends, None, None, "mxfp4"),
         "offs": (layer.x, b, None, None, None, "mxfp4", scale),
-        "mode": (layer.x, layer.gate_up.data.view(torch.int8).mT, ends, None, None, "mxfp8", scale, None, "int8"),
+        "mode": (layer.x, layer.gate_up.data.view(torch.int8).mT, ends, None, None, "mxfp8", scale, None, "int8_g128"),
     }.items():
         with pytest.raises(ValueError, match=rf"polymoe\.grouped_mm: {argument}: expected"):
             polymoe.grouped_mm(*given)
@@ -245,7 +248,7 @@ def test_opcheck(name: str, seed: int) -> None:
 
 def test_explain_names_format_and_mode() -> None:
     layer = Layer("mxfp4", 0)
-    for mode in ("weight_only", "int8"):
+    for mode in formats.MODES:
         found = polymoe.explain("experts", **layer.arguments, mode=mode)
         assert found.backend == servers("experts", "mxfp4", mode)[0]
         assert any("mxfp4" in note and mode in note for note in found.notes), found.notes

@@ -14,7 +14,8 @@
 namespace polymoe {
 
 // plain: rows along the reduction, as nn.Linear stores them. packed: panels of kPanel columns (rows of W). Then the
-// families of quantised formats, rows along the reduction too; last those whose kernels round A to 8-bit integers.
+// families of quantised formats, rows along the reduction too; last those whose kernels round A to 8-bit integers, in
+// groups of 32 or 128.
 enum class WeightFormat : int {
   plain,
   packed,
@@ -25,9 +26,12 @@ enum class WeightFormat : int {
   int4,
   mxfp4_by_int8,
   int8_by_int8,
-  int4_by_int8
+  int4_by_int8,
+  mxfp4_by_int8_g128,
+  int8_by_int8_g128,
+  int4_by_int8_g128
 };
-constexpr int kWeightFormats = 10;
+constexpr int kWeightFormats = 13;
 
 constexpr bool rounds_to_int8(WeightFormat format) { return format >= WeightFormat::mxfp4_by_int8; }
 

@@ -1,19 +1,21 @@
-// The matmul microkernel for the mode "int8": rows of A are rounded to 8-bit integers, every group of 32 with a scale,
-// and multiplied with weights that are small integers times a scale: 2 * e2m1, int8, int4.
+// The matmul microkernel for the modes "int8" and "int8_g128": rows of A are rounded to 8-bit integers, every group of
+// 32 or 128 with a scale, and multiplied with weights that are small integers times a scale: 2 * e2m1, int8, int4.
 //
 // Weights are decoded into a panel first, where the lanes of a vector are columns and four elements of the reduction
 // lie side by side, as the dot product of bytes takes them. One factor of it is unsigned, so a panel holds the code
-// plus `offset`, and the offset times the sum of the group's integers is taken away again. Sums over a group are
-// integers and therefore exact, in whatever order; then, group after group,
+// plus `offset`, and the offset times the sum of A's integers is taken away again. Sums over a piece, 32 elements or
+// 128 where all of them share a scale on both sides, are integers and therefore exact, in whatever order; then, in
+// order,
 //
-//   total += (sum - offset * sum of a) * scale of the weights * scale of a
+//   part  += (sum - offset * sum of a) * scale of the weights     the pieces of a group
+//   total += part * scale of a                                    the groups
 #include "../formats/quantized.h"
 #include "gemm_kernel.h"
 
 namespace polymoe::POLYMOE_LEVEL {
 namespace {
 
-constexpr int64_t kGroup = 32;
+constexpr int64_t kPiece = 32;
 constexpr int kVectors = 2;  // of columns in a tile
 constexpr int kLanes = VF::width, kColumns = kVectors * kLanes;
 constexpr int64_t kDeep = 4 * kLanes;  // elements of the reduction that are decoded at a time
@@ -24,20 +26,23 @@ constexpr int kMaxRows = 6;
 constexpr int kMaxRows = 2;
 #endif
 
-// A group of a row of A.
-struct Group {
-  int8_t code[kGroup];
-  float scale, sum;  // of the codes
-  char unused[24];   // a cache line in all
+// A piece of a row of A.
+struct Piece {
+  int8_t code[kPiece];
+  float scale;
+  // Of the codes, and what the integer sum begins with, that is -offset times it: of this piece, and of its group.
+  float sum, group_sum;
+  int32_t begin, group_begin;
+  char unused[12];  // a cache line in all
 };
-static_assert(sizeof(Group) == 64);
+static_assert(sizeof(Piece) == 64);
 
 // --- bytes -----------------------------------------------------------------------------------------------------------
 
 #if defined(POLYMOE_LEVEL_AVX512) || defined(POLYMOE_LEVEL_AVX512_BF16)
 
 using Bytes = __m512i;
-inline Bytes zero_bytes() { return _mm512_setzero_si512(); }
+inline Bytes set_ints(int32_t x) { return _mm512_set1_epi32(x); }
 inline Bytes load_bytes(const char* p) { return _mm512_loadu_si512(p); }
 inline VF to_float(Bytes x) { return {_mm512_cvtepi32_ps(x)}; }
 inline VF as_floats(Bytes x) { return {_mm512_castsi512_ps(x)}; }
@@ -61,7 +66,7 @@ inline Bytes dot(Bytes acc, Bytes w, int32_t a) {
 #elif defined(POLYMOE_LEVEL_AVX2)
 
 using Bytes = __m256i;
-inline Bytes zero_bytes() { return _mm256_setzero_si256(); }
+inline Bytes set_ints(int32_t x) { return _mm256_set1_epi32(x); }
 inline Bytes load_bytes(const char* p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)); }
 inline VF to_float(Bytes x) { return {_mm256_cvtepi32_ps(x)}; }
 inline VF as_floats(Bytes x) { return {_mm256_castsi256_ps(x)}; }
@@ -85,7 +90,11 @@ inline Bytes dot(Bytes acc, Bytes w, int32_t a) {
 struct Bytes {
   uint32_t v[kLanes];  // four bytes each
 };
-inline Bytes zero_bytes() { return {}; }
+inline Bytes set_ints(int32_t x) {
+  Bytes r;
+  for (uint32_t& v : r.v) v = uint32_t(x);
+  return r;
+}
 inline Bytes load_bytes(const char* p) {
   Bytes r;
   __builtin_memcpy(r.v, p, sizeof r.v);
@@ -152,19 +161,22 @@ struct Int8Codes {
   static Bytes load(const char* p) { return flip_sign(load_bytes(p)); }
 };
 struct Int4Codes {
-  static constexpr int bits = 4, offset = 8;  // or the zero point
+  static constexpr int bits = 4, offset = 8;  // which is the zero point where no other is given
   static constexpr float unit = 1;
   static Bytes load(const char* p) { return nibbles(p); }
 };
 
-// Places in the workspace for kColumns columns of d elements.
+// Places in the workspace for kColumns columns of d elements, padded to whole groups of A.
 struct Space {
-  int64_t deep, groups;  // elements in whole decoded pieces; groups
-  explicit Space(int64_t d) : deep((d + kDeep - 1) / kDeep * kDeep), groups((d + kGroup - 1) / kGroup) {}
-  int64_t bytes() const { return deep * kColumns + 2 * groups * kColumns * 4; }
+  int64_t deep, pieces;
+  Space(int64_t d, int64_t group)
+      : deep((d + kDeep - 1) / kDeep * kDeep), pieces((d + group - 1) / group * group / kPiece) {
+    if (deep < pieces * kPiece) deep = pieces * kPiece;
+  }
+  int64_t bytes() const { return deep * kColumns + 2 * pieces * kColumns * 4; }
   char* panel(char* base) const { return base; }
   float* scale(char* base) const { return reinterpret_cast<float*>(base + deep * kColumns); }
-  float* offset(char* base) const { return scale(base) + groups * kColumns; }
+  float* offset(char* base) const { return scale(base) + pieces * kColumns; }
 };
 
 // Decodes one vector of columns; columns past `count` repeat the last one.
@@ -191,59 +203,79 @@ void decode_columns(const Weights& w, int64_t j0, int count, int64_t d, char* pa
   }
 }
 
-// Scales of a column by group, and offsets where there are zero points.
+// Scales of a column by piece, zero where it is all padding; and, where there are zero points, what they are above
+// C::offset.
 template <class C>
-void prepare_column(const QuantizedMatrix& m, int64_t n, int64_t groups, float* scale, float* offset) {
+void prepare_column(const QuantizedMatrix& m, int64_t n, int64_t d, int64_t pieces, float* scale, float* offset) {
   const char* const scales = m.scale + n / m.scale_rows * m.scale_stride;
-  for (int64_t g = 0; g < groups; ++g) {
-    const int64_t at = m.scale_columns == 0 ? 0 : g * kGroup / m.scale_columns;
+  for (int64_t i = 0; i < pieces; ++i) {
+    const bool padding = i * kPiece >= d;
+    const int64_t at = m.scale_columns == 0 || padding ? 0 : i * kPiece / m.scale_columns;
     float value;
     if (m.exponents)
       value = from_e8m0(uint8_t(scales[at]));
     else
       __builtin_memcpy(&value, scales + at * 4, 4);
-    scale[g * kColumns] = value * C::unit;
-    if (m.zero) offset[g * kColumns] = float(uint8_t(m.zero[n * m.zero_stride + at]));
+    scale[i * kColumns] = padding ? 0 : value * C::unit;
+    if (m.zero) offset[i * kColumns] = float(int(uint8_t(m.zero[n * m.zero_stride + at])) - C::offset);
   }
 }
 
 // --- the product -----------------------------------------------------------------------------------------------------
 
-template <int ROWS>
-void tile(const Group* a, const char* panel, const float* scale, const float* offset, int64_t groups, float* c,
+// GROUP pieces of A share a scale, and SUMMED of them are summed in integers.
+template <int ROWS, int GROUP, int SUMMED>
+void tile(const Piece* a, const char* panel, const float* scale, const float* offset, int64_t pieces, float* c,
           int64_t ldc, int64_t columns) {
   VF total[ROWS * kVectors];
 #pragma GCC unroll 16
   for (VF& v : total) v = set<VF>(0);
-  for (int64_t g = 0; g < groups; ++g, a += ROWS) {
-    Bytes acc[ROWS * kVectors];
-#pragma GCC unroll 16
-    for (Bytes& v : acc) v = zero_bytes();
-#pragma GCC unroll 2
-    for (int k = 0; k < int(kGroup); k += 4, panel += 4 * kColumns) {
-      Bytes w[kVectors];
-#pragma GCC unroll 2
-      for (int v = 0; v < kVectors; ++v) w[v] = load_bytes(panel + v * 4 * kLanes);
+  for (int64_t g = 0; g < pieces; g += GROUP, a += ROWS * GROUP) {
+    VF part[ROWS * kVectors];
+    for (int p = 0; p < GROUP; p += SUMMED) {
+      Bytes acc[ROWS * kVectors];
 #pragma GCC unroll 8
-      for (int i = 0; i < ROWS; ++i) {
-        int32_t four;
-        __builtin_memcpy(&four, a[i].code + k, 4);
+      for (int i = 0; i < ROWS; ++i)
 #pragma GCC unroll 2
-        for (int v = 0; v < kVectors; ++v) acc[i * kVectors + v] = dot(acc[i * kVectors + v], w[v], four);
+        for (int v = 0; v < kVectors; ++v)
+          acc[i * kVectors + v] = set_ints(SUMMED == 1 ? a[i * GROUP + p].begin : a[i * GROUP].group_begin);
+      for (int q = p; q < p + SUMMED; ++q)
+#pragma GCC unroll 2
+        for (int k = 0; k < int(kPiece); k += 4, panel += 4 * kColumns) {
+          Bytes w[kVectors];
+#pragma GCC unroll 2
+          for (int v = 0; v < kVectors; ++v) w[v] = load_bytes(panel + v * 4 * kLanes);
+#pragma GCC unroll 8
+          for (int i = 0; i < ROWS; ++i) {
+            int32_t four;
+            __builtin_memcpy(&four, a[i * GROUP + q].code + k, 4);
+#pragma GCC unroll 2
+            for (int v = 0; v < kVectors; ++v) acc[i * kVectors + v] = dot(acc[i * kVectors + v], w[v], four);
+          }
+        }
+#pragma GCC unroll 2
+      for (int v = 0; v < kVectors; ++v) {
+        const int64_t at = (g + p) * kColumns + v * kLanes;
+        const VF scales = load<VF>(scale + at);
+#pragma GCC unroll 8
+        for (int i = 0; i < ROWS; ++i) {
+          VF exact = to_float(acc[i * kVectors + v]);  // integers below 2^24, also with zero points
+          if (offset) {
+            const float sum = SUMMED == 1 ? a[i * GROUP + p].sum : a[i * GROUP].group_sum;
+            exact = fma(load<VF>(offset + at), set<VF>(-sum), exact);
+          }
+          VF& sum = part[i * kVectors + v];
+          sum = p == 0 ? exact * scales : fma(exact, scales, sum);
+        }
       }
     }
-#pragma GCC unroll 2
-    for (int v = 0; v < kVectors; ++v) {
-      const VF scales = load<VF>(scale + g * kColumns + v * kLanes),
-               offsets = load<VF>(offset + g * kColumns + v * kLanes);
 #pragma GCC unroll 8
-      for (int i = 0; i < ROWS; ++i) {
+    for (int i = 0; i < ROWS; ++i)
+#pragma GCC unroll 2
+      for (int v = 0; v < kVectors; ++v) {
         VF& sum = total[i * kVectors + v];
-        // Integers below 2^24: exact.
-        const VF exact = fma(offsets, set<VF>(-a[i].sum), to_float(acc[i * kVectors + v]));
-        sum = fma(exact * scales, set<VF>(a[i].scale), sum);
+        sum = fma(part[i * kVectors + v], set<VF>(a[i * GROUP].scale), sum);
       }
-    }
   }
   for (int i = 0; i < ROWS; ++i)
     for (int v = 0; v < kVectors; ++v) {
@@ -256,28 +288,29 @@ void tile(const Group* a, const char* panel, const float* scale, const float* of
     }
 }
 
-using Tile = void (*)(const Group*, const char*, const float*, const float*, int64_t, float*, int64_t, int64_t);
+using Tile = void (*)(const Piece*, const char*, const float*, const float*, int64_t, float*, int64_t, int64_t);
 
+template <int GROUP, int SUMMED>
 Tile tile_of(int rows) {
-  static constexpr Tile tiles[] = {tile<1>, tile<2>,
+  static constexpr Tile tiles[] = {tile<1, GROUP, SUMMED>, tile<2, GROUP, SUMMED>,
 #if defined(POLYMOE_LEVEL_AVX512) || defined(POLYMOE_LEVEL_AVX512_BF16)
-                                   tile<3>, tile<4>, tile<5>,
-                                   tile<6>
+                                   tile<3, GROUP, SUMMED>, tile<4, GROUP, SUMMED>, tile<5, GROUP, SUMMED>,
+                                   tile<6, GROUP, SUMMED>
 #endif
   };
   return tiles[rows - 1];
 }
 
-template <class C>
+template <class C, int GROUP>
 void multiply(const char* a, int64_t m, const Weights& w, int64_t n, int64_t d, void* c, int64_t ldc) {
   const RowGroups groups(m, kMaxRows);
-  const Space space(d);
+  const Space space(d, GROUP * kPiece);
+  const int64_t shared = w.matrix->scale_columns;  // elements that share a scale of the weights
+  const bool whole = shared == 0 || shared % (GROUP * kPiece) == 0;
   char* const panel = space.panel(w.workspace);
   float* const scale = space.scale(w.workspace);
-  float* const offset = space.offset(w.workspace);
-  const Group* const rows = reinterpret_cast<const Group*>(a);
-  if (!w.matrix->zero)
-    for (int64_t i = 0; i < space.groups * kColumns; ++i) offset[i] = float(C::offset);
+  float* const offset = w.matrix->zero ? space.offset(w.workspace) : nullptr;
+  const Piece* const rows = reinterpret_cast<const Piece*>(a);
   for (int64_t j0 = 0; j0 < n && m > 0; j0 += kColumns) {
     const int64_t columns = n - j0 < kColumns ? n - j0 : kColumns;
     for (int v = 0; v < kVectors && v * kLanes < columns; ++v) {
@@ -285,65 +318,88 @@ void multiply(const char* a, int64_t m, const Weights& w, int64_t n, int64_t d, 
       decode_columns<C>(w, j0 + v * kLanes, int(left < kLanes ? left : kLanes), d, panel + v * 4 * kLanes);
     }
     for (int j = 0; j < kColumns; ++j)
-      prepare_column<C>(*w.matrix, matrix_row(w, j0 + (j < columns ? j : columns - 1)), space.groups, scale + j,
-                        offset + j);
+      prepare_column<C>(*w.matrix, matrix_row(w, j0 + (j < columns ? j : columns - 1)), d, space.pieces, scale + j,
+                        offset ? offset + j : nullptr);
     for (int64_t group = 0; group < groups.count; ++group) {
       const int64_t first = groups.first_row(group);
-      tile_of(groups.rows(group))(rows + first * space.groups, panel, scale, offset, space.groups,
-                                  static_cast<float*>(c) + first * ldc + j0, ldc, columns);
+      const int count = groups.rows(group);
+      const Tile run = whole ? tile_of<GROUP, GROUP>(count) : tile_of<GROUP, 1>(count);
+      run(rows + first * space.pieces, panel, scale, offset, space.pieces, static_cast<float*>(c) + first * ldc + j0,
+          ldc, columns);
     }
   }
 }
 
-// Scale and codes of 32 numbers: see polymoe/reference/_quantized.py.
-void round_group(const float* x, Group& out) {
+// Scale and codes of a group: see polymoe/reference/_quantized.py.
+template <int GROUP, int OFFSET>
+void round_group(const float* x, Piece* out) {
+  constexpr int count = GROUP * int(kPiece);
   uint32_t largest_bits = 0;
-  for (int i = 0; i < kGroup; ++i) {
+  for (int i = 0; i < count; ++i) {
     const uint32_t bits = float_bits(x[i]) & 0x7fffffffu;
     largest_bits = bits > largest_bits ? bits : largest_bits;
   }
   const bool finite = largest_bits < 0x7f800000u;
   const float largest = bits_float(largest_bits), usable = !finite ? 1 : largest > 0x1p-119f ? largest : 0x1p-119f;
   const float factor = finite ? 127 / usable : 0;
-  int32_t codes[kGroup], sum = 0;
-  for (int i = 0; i < kGroup; ++i) {
-    // Adding 1.5 * 2^23 rounds to an integer, ties to even, which are then the low bits.
-    codes[i] = int32_t(float_bits((finite ? x[i] * factor : 0) + 0x1.8p23f) - float_bits(0x1.8p23f));
-    sum += codes[i];
+  int32_t group_sum = 0;
+  for (int p = 0; p < GROUP; ++p, x += kPiece) {
+    int32_t codes[kPiece], sum = 0;
+    for (int i = 0; i < kPiece; ++i) {
+      // Adding 1.5 * 2^23 rounds to an integer, ties to even, which are then the low bits.
+      codes[i] = int32_t(float_bits((finite ? x[i] * factor : 0) + 0x1.8p23f) - float_bits(0x1.8p23f));
+      sum += codes[i];
+    }
+    for (int i = 0; i < kPiece; ++i) out[p].code[i] = int8_t(codes[i]);
+    out[p].scale = finite ? usable / 127 : bits_float(0x7fc00000u);
+    out[p].sum = float(sum);
+    out[p].begin = -OFFSET * sum;
+    group_sum += sum;
   }
-  for (int i = 0; i < kGroup; ++i) out.code[i] = int8_t(codes[i]);
-  out.scale = finite ? usable / 127 : bits_float(0x7fc00000u);
-  out.sum = float(sum);
+  for (int p = 0; p < GROUP; ++p) {
+    out[p].group_sum = float(group_sum);
+    out[p].group_begin = -OFFSET * group_sum;
+  }
 }
 
-template <class T>
+template <class C, int GROUP, class T>
 void pack_rows(const char* const* rows, int64_t count, int64_t d, char* out) {
-  Group* const groups = reinterpret_cast<Group*>(out);
+  constexpr int64_t group = GROUP * kPiece;
+  Piece* const pieces = reinterpret_cast<Piece*>(out);
   for (int64_t r = 0; r < count; ++r)
-    for (int64_t begin = 0; begin < d; begin += kGroup) {
+    for (int64_t begin = 0; begin < d; begin += group) {
       const T* const from = reinterpret_cast<const T*>(rows[r]) + begin;
-      float x[kGroup] = {};
-      if (begin + kGroup <= d)
-        for (int i = 0; i < kGroup; i += kLanes) store(x + i, load<VF>(from + i));
+      float x[group] = {};
+      if (begin + group <= d)
+        for (int i = 0; i < group; i += kLanes) store(x + i, load<VF>(from + i));
       else
         for (int i = 0; i < d - begin; ++i) x[i] = widen(from[i]);
-      round_group(x, groups[begin / kGroup * count + r]);
+      round_group<GROUP, C::offset>(x, pieces + (begin / group * count + r) * GROUP);
     }
 }
 
-int64_t workspace(int64_t d) { return Space(d).bytes(); }
+template <int GROUP>
+int64_t workspace(int64_t d) {
+  return Space(d, GROUP * kPiece).bytes();
+}
 
-template <class C, class T>
-constexpr GemmKernel kernel = {kGroup, sizeof(Group) / kGroup, kMaxRows, 1, pack_rows<T>, multiply<C>, workspace};
+template <class C, int GROUP, class T>
+constexpr GemmKernel kernel = {GROUP * kPiece,         sizeof(Piece) / kPiece, kMaxRows,        1,
+                               pack_rows<C, GROUP, T>, multiply<C, GROUP>,     workspace<GROUP>};
 
-template <class C>
-constexpr GemmTable table = {{&kernel<C, float>, &kernel<C, bf16>, &kernel<C, f16>, nullptr}};
+template <class C, int GROUP>
+constexpr GemmTable table = {{&kernel<C, GROUP, float>, &kernel<C, GROUP, bf16>, &kernel<C, GROUP, f16>, nullptr}};
 
 }  // namespace
 
 extern const GemmTable mxfp4_by_int8_gemm_table, int8_by_int8_gemm_table, int4_by_int8_gemm_table;
-const GemmTable mxfp4_by_int8_gemm_table = table<E2m1Codes>;
-const GemmTable int8_by_int8_gemm_table = table<Int8Codes>;
-const GemmTable int4_by_int8_gemm_table = table<Int4Codes>;
+const GemmTable mxfp4_by_int8_gemm_table = table<E2m1Codes, 1>;
+const GemmTable int8_by_int8_gemm_table = table<Int8Codes, 1>;
+const GemmTable int4_by_int8_gemm_table = table<Int4Codes, 1>;
+
+extern const GemmTable mxfp4_by_int8_g128_gemm_table, int8_by_int8_g128_gemm_table, int4_by_int8_g128_gemm_table;
+const GemmTable mxfp4_by_int8_g128_gemm_table = table<E2m1Codes, 4>;
+const GemmTable int8_by_int8_g128_gemm_table = table<Int8Codes, 4>;
+const GemmTable int4_by_int8_g128_gemm_table = table<Int4Codes, 4>;
 
 }  // namespace polymoe::POLYMOE_LEVEL

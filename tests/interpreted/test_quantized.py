@@ -6,7 +6,7 @@ import pytest
 import torch
 from tests import test_quantized, test_quantized_kernels
 from tests.interpreted.test_products import NoReads
-from tests.test_quantized_kernels import MODES, NAMES, dequantized, multiply, weight_of
+from tests.test_quantized_kernels import NAMES, dequantized, multiply, weight_of
 from triton.runtime.interpreter import InterpretedFunction
 
 import polymoe
@@ -20,7 +20,6 @@ from polymoe.kernels.devices import INTERPRETER, TARGETS, pretend
 from polymoe.kernels.round_rows import round_rows
 from polymoe.kernels.tiles import RULES, choose_quantized
 from polymoe.kernels.tiles import Problem as Product
-from polymoe.ops._weights import INT8_FORMATS
 from polymoe.reference._quantized import in_int8
 from polymoe.testing.cases import Random
 from polymoe.testing.conformance.bitwise import check_batch
@@ -29,6 +28,8 @@ from polymoe.testing.tolerances import assert_same_bits, relative_frobenius
 from polymoe.testing.triton_checker import checked
 
 TRITON = Target("triton")
+INT8_FORMATS = [name for name in NAMES if "int8" in formats.parse(name).modes]
+MODES = [(name, "weight_only") for name in NAMES] + [(name, "int8") for name in INT8_FORMATS]
 F32, BF16 = torch.float32, torch.bfloat16
 
 
@@ -52,16 +53,16 @@ def test_every_code_in_every_place(name, seed):
 
 @pytest.mark.parametrize("name", INT8_FORMATS)
 def test_every_code_in_every_place_with_int8_activations(name, seed):
-    test_quantized_kernels.test_every_code_in_every_place_with_int8_activations(name, 289, TRITON, seed)
+    test_quantized_kernels.test_every_code_in_every_place_with_int8_activations(name, "int8", 289, TRITON, seed)
 
 
 def test_int8_activations_that_are_not_finite(seed):
-    test_quantized_kernels.test_int8_activations_that_are_not_finite(TRITON, seed)
+    test_quantized_kernels.test_int8_activations_that_are_not_finite("int8", TRITON, seed)
 
 
 @pytest.mark.parametrize("name", INT8_FORMATS)
 def test_int8_rounds_what_is_multiplied(name, seed):
-    test_quantized.test_int8_rounds_what_is_multiplied(name, seed)
+    test_quantized.test_int8_rounds_what_is_multiplied(name, "int8", seed)
 
 
 @pytest.mark.parametrize("dtype", [F32, BF16, torch.float16], ids=str)
@@ -72,7 +73,7 @@ def test_rows_are_rounded_as_the_reference_does(dtype, seed):
         codes, scales = round_rows(rows)
         assert codes.abs().max() <= 127
         assert not codes[:, 109:].any()
-        assert torch.equal((codes.double() * scales.double().repeat_interleave(32, -1))[:, :109], in_int8(rows))
+        assert torch.equal((codes.double() * scales.double().repeat_interleave(32, -1))[:, :109], in_int8(rows, 32))
 
 
 @pytest.mark.parametrize("name", ["fp8_block32", "fp8_block128", "mxfp8"])
@@ -208,6 +209,8 @@ def test_what_is_served():
         for name, mode in MODES:
             options = OPS[op].options | {"weight_format": name, "mode": mode}
             assert declined(find("triton"), Problem(op, "cpu", BF16, tuple(options.values()))) is None
+        by_128 = OPS[op].options | {"weight_format": "int8", "mode": "int8_g128"}
+        assert "in groups of 32" in declined(find("triton"), Problem(op, "cpu", BF16, tuple(by_128.values())))
     layer = test_quantized.Layer("mxfp4", 0)
     found = polymoe.explain("experts", **layer.arguments, backend="triton")
     assert any("gradients through quantised weights are the reference's" in note for note in found.notes)

@@ -29,8 +29,8 @@ class CpuBackend:
         if weight_format in importlib.import_module("polymoe.formats").FORMATS:  # by name: it imports the ops
             if problem.dtype == torch.float64:
                 return f"it has no float64 kernel for {weight_format} weights"
-            if problem.option.get("mode") == "int8" and "fp8" in weight_format:
-                return f"it has no kernel for {weight_format} weights in the mode int8"
+            if (mode := problem.option.get("mode", "weight_only")) != "weight_only" and "fp8" in weight_format:
+                return f"it has no kernel for {weight_format} weights in the mode {mode}"
         return None
 
     def implementation(self, op: str) -> Callable[..., Any]:

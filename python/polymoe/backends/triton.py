@@ -43,6 +43,8 @@ class TritonBackend:
         weight_format = problem.option.get("weight_format", "plain")
         if weight_format.startswith("packed"):
             return "packed weights are laid out for the CPU kernels"
+        if problem.option.get("mode") == "int8_g128":
+            return 'its kernels round rows to 8-bit integers in groups of 32, mode "int8"'
         return _too_old() if problem.device_type == "cuda" else None
 
     def implementation(self, op: str) -> Callable[..., Any]:

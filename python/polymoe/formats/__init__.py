@@ -11,10 +11,11 @@ from polymoe.formats.integer import Int4, Int8, int4_from_awq, int4_from_gptq
 from polymoe.formats.mxfp4 import Mxfp4, mxfp4_from_blocks, mxfp4_to_fp8
 from polymoe.formats.names import FORMATS, parse
 from polymoe.formats.packed import pack_, unpack_
-from polymoe.formats.weight import Format, Weight
+from polymoe.formats.weight import MODES, Format, Weight
 
 __all__ = [
     "FORMATS",
+    "MODES",
     "Format",
     "Fp8Block",
     "Int4",

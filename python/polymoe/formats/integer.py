@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from polymoe.formats.codes import pack_nibbles, unpack_nibbles
-from polymoe.formats.weight import Format, Weight
+from polymoe.formats.weight import MODES, Format, Weight
 from polymoe.ops import _check as check_that
 
 GROUPS = (32, 64, 128)
@@ -31,6 +31,7 @@ class Int8(Format):
     block = (1, None)
     data_dtypes = (torch.int8,)
     scale_dtypes = (torch.float32,)
+    modes = MODES
 
     def codes(self, weight: Weight) -> Tensor:
         return weight.data.float()
@@ -66,6 +67,7 @@ class Int4(Format):
 
     data_dtypes = (torch.uint8, torch.int8)
     scale_dtypes = (torch.float32,)
+    modes = MODES
     codes_per_byte = 2
 
     def __post_init__(self) -> None:

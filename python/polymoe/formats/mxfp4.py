@@ -16,7 +16,7 @@ from polymoe.formats.codes import (
     unpack_nibbles,
 )
 from polymoe.formats.fp8 import Fp8Block
-from polymoe.formats.weight import EXPONENTS, Format, Weight
+from polymoe.formats.weight import EXPONENTS, MODES, Format, Weight
 from polymoe.ops import _check as check_that
 
 
@@ -38,6 +38,7 @@ class Mxfp4(Format):
     data_dtypes = (torch.uint8, torch.int8)
     scale_dtypes = EXPONENTS
     codes_per_byte = 2
+    modes = MODES
     FLOOR = E2M1_MAX * 2.0**-126
 
     def codes(self, weight: Weight) -> Tensor:

@@ -72,17 +72,24 @@ class Weight:
         return weight
 
 
+# How products are computed, see the argument `mode` of polymoe.experts.
+MODES = ("weight_only", "int8", "int8_g128")
+
+
 class Format(ABC):
     """A quantised format. Element [n, d] is value(code) * scale of the block of `block` elements that it is in; blocks
     at the far edges may be cut short.
 
     name   as in the `weight_format` argument of polymoe.experts
     block  rows and columns that share a scale; None: the whole row
+    modes  that polymoe.experts and polymoe.grouped_mm compute with: those of integers are for codes that are small
+           integers, up to a factor
     """
 
     data_dtypes: ClassVar[tuple[torch.dtype, ...]]
     scale_dtypes: ClassVar[tuple[torch.dtype, ...]]
     codes_per_byte: ClassVar[int] = 1
+    modes: ClassVar[tuple[str, ...]] = MODES[:1]
 
     name: str
     block: tuple[int, int | None]

@@ -7,12 +7,10 @@ from collections.abc import Mapping, Sequence
 from torch import Tensor
 
 from polymoe.formats.names import FORMATS
-from polymoe.formats.weight import Weight
+from polymoe.formats.weight import MODES, Weight
 from polymoe.ops import _check as check_that
 
 QUANTIZED = tuple(FORMATS)
-MODES = ("weight_only", "int8")
-INT8_FORMATS = ("mxfp4", "int8", "int4_g32", "int4_g64", "int4_g128")  # those that small integers stand for exactly
 
 
 def check_options(
@@ -22,8 +20,8 @@ def check_options(
     check_that.choice(op, "weight_format", weight_format, (*accepted, *QUANTIZED))
     check_that.choice(op, "mode", mode, MODES)
     if weight_format in QUANTIZED:
-        if mode == "int8" and weight_format not in INT8_FORMATS:
-            check_that.fail(op, "mode", f'"weight_only" for {weight_format}', '"int8"')
+        if mode not in FORMATS[weight_format].modes:
+            check_that.fail(op, "mode", f'"weight_only" for {weight_format}', f'"{mode}"')
         return
     if mode != "weight_only":
         check_that.fail(op, "mode", f'"weight_only" for {weight_format} weights', f'"{mode}"')

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-INT8_GROUP = 32  # elements of a row that share a scale in the mode "int8"
+INT8_GROUPS = {"int8": 32, "int8_g128": 128}  # elements of a row that share a scale, by mode
 
 
 def expert(data: Tensor, scale: Tensor, zero: Tensor | None, weight_format: str, D: int, g: int) -> Tensor:
@@ -17,12 +17,12 @@ def expert(data: Tensor, scale: Tensor, zero: Tensor | None, weight_format: str,
     return parse(weight_format).dequantize(weight, torch.float64)
 
 
-def in_int8(rows: Tensor) -> Tensor:
-    """The rows [..., D] as the mode "int8" multiplies them: every group of 32 has the float32 scale largest magnitude /
-    127, and an element becomes the integer nearest to element * (127 / largest), ties to even, times the scale. A group
-    of zeros stays zero, and one that holds infinity or NaN becomes NaN."""
+def in_int8(rows: Tensor, group: int) -> Tensor:
+    """The rows [..., D] as the int8 modes multiply them: every group has the float32 scale largest magnitude / 127, and
+    an element becomes the integer nearest to element * (127 / largest), ties to even, times the scale. A group of zeros
+    stays zero, and one that holds infinity or NaN becomes NaN."""
     D = rows.shape[-1]
-    groups = torch.nn.functional.pad(rows.float(), (0, -D % INT8_GROUP)).unflatten(-1, (-1, INT8_GROUP))
+    groups = torch.nn.functional.pad(rows.float(), (0, -D % group)).unflatten(-1, (-1, group))
     largest = groups.abs().amax(-1, keepdim=True)
     usable = largest.clamp(min=2.0**-119)  # 127 / it is finite
     codes = (groups * (127 / usable)).round()
