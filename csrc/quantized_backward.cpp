@@ -3,8 +3,6 @@
 #include <ATen/ops/empty.h>
 
 #include <algorithm>
-#include <array>
-#include <cstring>
 #include <optional>
 #include <vector>
 
@@ -20,66 +18,8 @@ namespace polymoe {
 namespace {
 
 constexpr const char* kOp = "quantized_backward";
-constexpr int64_t kSlab = 256;  // columns decoded at a time; even, so that no slab begins within a byte
+constexpr int64_t kSlab = 256;  // columns decoded at a time
 constexpr int64_t kRows = 64;   // rows multiplied at a time
-
-float from_bits(uint32_t bits) {
-  float x;
-  std::memcpy(&x, &bits, 4);
-  return x;
-}
-
-float from_e8m0(uint8_t code) { return from_bits(code == 255 ? 0x7fc00000u : code == 0 ? 1u << 22 : code << 23); }
-
-// What the codes of a format stand for, without scale and zero point.
-std::array<float, 256> values_of(WeightFormat format) {
-  constexpr float e2m1[8] = {0, 0.5f, 1, 1.5f, 2, 3, 4, 6};
-  std::array<float, 256> values{};
-  for (int code = 0; code < 256; ++code) {
-    const int exponent = code >> 3 & 15, mantissa = code & 7;
-    float& value = values[size_t(code)];
-    if (format == WeightFormat::int8) {
-      value = float(int8_t(uint8_t(code)));
-    } else if (format == WeightFormat::int4) {
-      value = float(code & 15);
-    } else if (format == WeightFormat::mxfp4) {
-      value = code & 8 ? -e2m1[code & 7] : e2m1[code & 7];
-    } else {
-      const float magnitude = (code & 127) == 127 ? from_bits(0x7fc00000u)
-                              : exponent == 0     ? float(mantissa) * 0x1p-9f
-                                                  : float(8 + mantissa) * from_bits(uint32_t(exponent + 117) << 23);
-      value = code & 128 ? -magnitude : magnitude;
-    }
-  }
-  return values;
-}
-
-struct Decoder {
-  QuantizedMatrix matrix;
-  int64_t width;  // D
-  bool nibbles, zero_points;
-  const std::array<float, 256>& values;
-
-  // Elements [begin, end) of row n.
-  void row(int64_t n, int64_t begin, int64_t end, float* out) const {
-    const uint8_t* const data = reinterpret_cast<const uint8_t*>(matrix.data + n * matrix.data_stride);
-    const char* const scales = matrix.scale + n / matrix.scale_rows * matrix.scale_stride;
-    const int64_t share = matrix.scale_columns ? matrix.scale_columns : width;
-    for (int64_t from = begin; from < end;) {
-      const int64_t block = from / share, to = std::min(end, (block + 1) * share);
-      float scale, zero = 0;
-      if (matrix.exponents)
-        scale = from_e8m0(uint8_t(scales[block]));
-      else
-        std::memcpy(&scale, scales + block * 4, 4);
-      if (zero_points) zero = matrix.zero ? float(uint8_t(matrix.zero[n * matrix.zero_stride + block])) : 8.0f;
-      if (nibbles)
-        for (; from < to; ++from) *out++ = (values[data[from / 2] >> (from % 2 * 4) & 15] - zero) * scale;
-      else
-        for (; from < to; ++from) *out++ = values[data[from]] * scale;
-    }
-  }
-};
 
 // Rows [begin, begin + count) of a group, and the columns of one slab.
 struct Task {
@@ -90,8 +30,6 @@ struct Product {
   const LevelTable& table;
   const at::Tensor &grad, &out;  // [rows, N] and [rows, D]
   const QuantizedWeight& weight;
-  const std::array<float, 256>& values;
-  bool nibbles, zero_points;
 
   void run(const Task& task) const {
     const Dtype dtype = kernel_dtype(grad.scalar_type()), out_dtype = kernel_dtype(out.scalar_type());
@@ -99,8 +37,9 @@ struct Product {
     const RowGemm& packer = *table.row_gemm->by_dtype[int(dtype)];  // widens to the same panels
     const int64_t N = grad.size(1), D = out.size(1), columns = std::min(kSlab, D - task.column);
     float* const slab = reinterpret_cast<float*>(scratch(Scratch::weights, std::max<int64_t>(N, 1) * kSlab * 4));
-    const Decoder decoder{weight.of_group(task.group), D, nibbles, zero_points, values};
-    for (int64_t n = 0; n < N; ++n) decoder.row(n, task.column, task.column + columns, slab + n * kSlab);
+    const QuantizedMatrix matrix = weight.of_group(task.group);
+    const auto decode = gemm_kernel(table, weight.format, Dtype::f32).decode;
+    for (int64_t n = 0; n < N; ++n) decode(matrix, n, task.column, columns, slab + n * kSlab);
 
     const Operand rows{static_cast<const char*>(grad.const_data_ptr()), grad.stride(0) * grad.element_size(),
                        grad.stride(1) * grad.element_size()};
@@ -164,10 +103,7 @@ at::Tensor quantized_backward_cpu(const at::Tensor& grad, const at::Tensor& data
   for (int64_t g = 0; g < weight.groups; ++g)
     for (int64_t column = 0; column < D && bounds[size_t(g)] < bounds[size_t(g) + 1]; column += kSlab)
       tasks.push_back({g, bounds[size_t(g)], bounds[size_t(g) + 1] - bounds[size_t(g)], column});
-  const std::array<float, 256> values = values_of(weight.format);
-  const bool int4 = weight.format == WeightFormat::int4;
-  const Product product{
-      level_table(Dtype::f32), rows, out_rows, weight, values, int4 || weight.format == WeightFormat::mxfp4, int4};
+  const Product product{level_table(Dtype::f32), rows, out_rows, weight};
   DynamicTasks queue(int64_t(tasks.size()));
   parallel_region(int(std::min<int64_t>(num_threads(), int64_t(tasks.size()))), [&](int) {
     for (Range range = queue.next(); !range.empty(); range = queue.next()) product.run(tasks[size_t(range.begin)]);

@@ -192,11 +192,20 @@ def quantized_product(
             middle = tl.load(zero + place, mask=column_ok, other=0).to(tl.int32)[:, None]
         if HALVED:
             codes = tl.interleave(codes & 15, codes >> 4)
-        w = numbers(codes, middle, CODES).to(x.dtype).T
-        if ROWS_GROUP > 0:
+        if ROWS_GROUP > 0 and zero is not None:
+            # A code less its zero point is at least -128 up to 128; what is above that is subtracted from the sum.
+            above = tl.maximum(middle - 128, 0)
+            products = tl.dot(x, numbers(codes, middle - above, CODES).to(x.dtype).T)
+            if tl.max(above) > 0:
+                products -= tl.sum(x.to(tl.int32), axis=1)[:, None] * above.T
+            row_factor = tl.load(row_scale + row_scale_offsets + k // ROWS_GROUP, mask=row_ok, other=0.0)
+            sum = tl.fma(products.to(tl.float32), row_factor[:, None] * factor[None, :], sum)
+        elif ROWS_GROUP > 0:
+            w = numbers(codes, middle, CODES).to(x.dtype).T
             row_factor = tl.load(row_scale + row_scale_offsets + k // ROWS_GROUP, mask=row_ok, other=0.0)
             sum = tl.fma(tl.dot(x, w).to(tl.float32), row_factor[:, None] * factor[None, :], sum)
         else:
+            w = numbers(codes, middle, CODES).to(x.dtype).T
             sum = tl.fma(tl.dot(x, w, input_precision=PRECISION), factor[None, :], sum)
         a += tl.cast(stride_ak, tl.int64) * BLOCK_K
     return sum

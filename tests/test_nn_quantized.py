@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import polymoe
-from polymoe.formats import FORMATS, Int4, Weight, parse
+from polymoe.formats import FORMATS, Weight, parse
 from polymoe.nn import Experts, MoE, QuantizedExperts, Router, quantize_
 from polymoe.testing.tolerances import assert_same_bits, relative_frobenius, unit_roundoff
 
@@ -127,13 +127,6 @@ def quantized(form: str, *shape: int) -> Weight:
     return parse(form).quantize(torch.randn(shape))
 
 
-def with_zero_points(largest: int) -> list[Weight]:
-    weights = [Int4(32, zero_points=True).quantize(torch.randn(shape)) for shape in ((E, 2 * I, H), (E, H, I))]
-    assert weights[1].zero is not None
-    weights[1].zero[1, 2, 0] = largest
-    return weights
-
-
 def packed(experts: Experts) -> Experts:
     polymoe.optimize(experts.requires_grad_(False))
     return experts
@@ -149,7 +142,6 @@ ERRORS: dict[str, Callable[[], object]] = {
     "gate_up_bias: expected None or a parameter [6, 256], got [6, 64]": lambda: QuantizedExperts(
         quantized("int8", E, 2 * I, H), quantized("int8", E, H, I), gate_up_bias=nn.Parameter(torch.zeros(E, H))
     ),
-    "down_zero: expected zero points from 0 to 16, got 17": lambda: QuantizedExperts(*with_zero_points(17)),
     'mode: expected "weight_only" for mxfp8': lambda: QuantizedExperts.quantize(Experts(E, H, I), "mxfp8", "int8"),
     "experts: expected plain weights (polymoe.unoptimize), got packed": lambda: QuantizedExperts.quantize(
         packed(Experts(E, H, I)), "mxfp4"
@@ -174,7 +166,3 @@ def test_dense_weights_do_not_become_codes(seed: int) -> None:
 def test_errors(message: str) -> None:
     with pytest.raises(ValueError, match=re.escape(message)):
         ERRORS[message]()
-
-
-def test_the_last_zero_point_is_taken() -> None:
-    assert QuantizedExperts(*with_zero_points(16)).down_zero is not None

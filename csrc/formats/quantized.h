@@ -6,6 +6,7 @@
 //   decode(p, adjust)  a step of a row, from p; `adjust` is 4 bytes that make it relative to its block:
 //                        mxfp4, mxfp8: what a group of 32 is below the largest of its block: a factor 2^-n for Wide,
 //                        n << 7 twice for Dot; int4: the zero point, as a float or as a word twice; else nothing
+//   decode_any         int4: the same for zero points above `last_zero`, too
 //
 // bf16 holds every code here exactly, and as a normal number, which matters because the dot product reads subnormal
 // ones as zero: groups stay kSpread below the largest of the block at most.
@@ -176,6 +177,25 @@ inline VF e4m3(Ints x) {  // of the low byte
 
 #endif
 
+// A step in the order of its elements.
+inline void store_in_order(float* out, Wide::X x) {
+#if defined(POLYMOE_LEVEL_AVX512) || defined(POLYMOE_LEVEL_AVX512_BF16)
+  const __m512i first = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+  const __m512i second = _mm512_add_epi32(first, _mm512_set1_epi32(8));
+  store(out, VF{_mm512_permutex2var_ps(x.even.v, first, x.odd.v)});
+  store(out + VF::width, VF{_mm512_permutex2var_ps(x.even.v, second, x.odd.v)});
+#elif defined(POLYMOE_LEVEL_AVX2)
+  const __m256 low = _mm256_unpacklo_ps(x.even.v, x.odd.v), high = _mm256_unpackhi_ps(x.even.v, x.odd.v);
+  store(out, VF{_mm256_permute2f128_ps(low, high, 0x20)});
+  store(out + VF::width, VF{_mm256_permute2f128_ps(low, high, 0x31)});
+#else
+  for (int i = 0; i < VF::width; ++i) {
+    out[2 * i] = x.even.v[i];
+    out[2 * i + 1] = x.odd.v[i];
+  }
+#endif
+}
+
 // What `adjust` of a row speaks of.
 enum class Adjust { none, groups, blocks };
 
@@ -234,13 +254,14 @@ struct Int8<Wide> {
 
 template <>
 struct Int4<Wide> {
-  static constexpr int bits = 4;
+  static constexpr int bits = 4, last_zero = 255;
   static constexpr Adjust adjust = Adjust::blocks;
   static Wide::X decode(const char* p, uint32_t zero) {
     const Ints codes = bytes_at(p);
     const VF offset = set<VF>(bits_float(zero));
     return {low_nibble(codes) - offset, low_nibble(high_nibble(codes)) - offset};
   }
+  static Wide::X decode_any(const char* p, uint32_t zero) { return decode(p, zero); }
 };
 
 #if defined(POLYMOE_LEVEL_AVX512_BF16)
@@ -342,7 +363,7 @@ struct Int8<Dot> {
 
 template <>
 struct Int4<Dot> {
-  static constexpr int bits = 4;
+  static constexpr int bits = 4, last_zero = 16;
   static constexpr Adjust adjust = Adjust::blocks;
   static __m512i decode(const char* p, uint32_t zero) {
     // 0 to 15, and -16 to -1: what five bits of the difference stand for.
@@ -353,8 +374,20 @@ struct Int4<Dot> {
                           short(0xc120), short(0xc110), short(0xc100), short(0xc0e0), short(0xc0c0), short(0xc0a0),
                           short(0xc080), short(0xc040), short(0xc000), short(0xbf80)),
         1);
+    return _mm512_permutexvar_epi16(difference(p, zero), table);
+  }
+  static __m512i decode_any(const char* p, uint32_t zero) {
+    if ((zero >> 16) <= last_zero) return decode(p, zero);
+    const __m512i x = difference(p, zero);
+    const __m512 low = _mm512_cvtepi32_ps(_mm512_cvtepi16_epi32(_mm512_castsi512_si256(x)));
+    const __m512 high = _mm512_cvtepi32_ps(_mm512_cvtepi16_epi32(_mm512_extracti64x4_epi64(x, 1)));
+    return __m512i(_mm512_cvtne2ps_pbh(high, low));  // -255 to 15: bf16 holds them
+  }
+
+ private:
+  static __m512i difference(const char* p, uint32_t zero) {
     const __m512i codes = _mm512_and_si512(nibbles_at(p), _mm512_set1_epi32(0x000f000f));
-    return _mm512_permutexvar_epi16(_mm512_sub_epi16(codes, _mm512_set1_epi32(int(zero))), table);
+    return _mm512_sub_epi16(codes, _mm512_set1_epi32(int(zero)));
   }
 };
 

@@ -96,6 +96,10 @@ struct GemmKernel {
   void (*multiply_columns)(const char* a, int64_t m, const char* w, int64_t stride, int64_t n, int64_t d,
                            char* workspace, void* c, int64_t ldc) = nullptr;
   int64_t (*column_workspace)(int64_t d) = nullptr;
+
+  // Elements [begin, begin + count) of row n of a quantised matrix as f32, code times scale; `begin` is a multiple of
+  // 32. Null for other weights, and where A is rounded.
+  void (*decode)(const QuantizedMatrix& m, int64_t n, int64_t begin, int64_t count, float* out) = nullptr;
 };
 
 // nullptr where the level has no kernel for the dtype (f64 above the portable level).

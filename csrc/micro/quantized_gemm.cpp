@@ -52,8 +52,8 @@ struct Prefetch {
   int count;
 };
 
-// Weights decoded where they are used.
-template <class A, template <class> class Codec>
+// Weights decoded where they are used; with any zero points, or those up to Codec::last_zero.
+template <class A, template <class> class Codec, bool ANY = false>
 struct Decoded {
   using C = Codec<A>;
   static constexpr int64_t bytes = A::step * C::bits / 8;
@@ -64,12 +64,20 @@ struct Decoded {
     return C::adjust == Adjust::blocks ? row.adjust[block] : 0;
   }
   static typename A::X load(const Row& row, int64_t s, int64_t block) {
-    return C::decode(row.data + s * bytes, adjust(row, s, block));
+    return decode(row.data + s * bytes, adjust(row, s, block));
   }
   static typename A::X load_tail(const Row& row, int64_t s, int64_t block, int tail) {
     char last[bytes] = {};
     __builtin_memcpy(last, row.data + s * bytes, size_t(tail * C::bits + 7) / 8);
-    return C::decode(last, adjust(row, s, block));
+    return decode(last, adjust(row, s, block));
+  }
+
+ private:
+  static typename A::X decode(const char* p, uint32_t adjust) {
+    if constexpr (ANY && C::adjust == Adjust::blocks)
+      return C::decode_any(p, adjust);
+    else
+      return C::decode(p, adjust);
   }
 };
 
@@ -193,12 +201,14 @@ void prepare_groups(const uint8_t* scales, int64_t groups, float* multiplier, ui
   *multiplier = prepare_block<A>(last, adjust + begin);
 }
 
-// Scales and zero points of row n as tiles take them.
+// Scales and zero points of row n as tiles take them. False if one of these is beyond what C decodes in registers.
 template <class A, class C>
-void prepare(const QuantizedMatrix& m, int64_t n, int64_t blocks, int64_t d, float* multiplier, uint32_t* adjust) {
+bool prepare(const QuantizedMatrix& m, int64_t n, int64_t blocks, int64_t d, float* multiplier, uint32_t* adjust) {
   const char* const scale = m.scale + n / m.scale_rows * m.scale_stride;
-  if (C::adjust == Adjust::groups)
-    return prepare_groups<A>(reinterpret_cast<const uint8_t*>(scale), (d + kGroup - 1) / kGroup, multiplier, adjust);
+  if (C::adjust == Adjust::groups) {
+    prepare_groups<A>(reinterpret_cast<const uint8_t*>(scale), (d + kGroup - 1) / kGroup, multiplier, adjust);
+    return true;
+  }
   for (int64_t b = 0; b < blocks; ++b) {
     const int64_t at = m.scale_columns == 0 ? 0 : b;
     if (m.exponents)
@@ -206,8 +216,14 @@ void prepare(const QuantizedMatrix& m, int64_t n, int64_t blocks, int64_t d, flo
     else
       __builtin_memcpy(multiplier + b, scale + at * 4, 4);
   }
-  if (C::adjust == Adjust::blocks)
-    for (int64_t b = 0; b < blocks; ++b) adjust[b] = A::zero_point(m.zero ? uint8_t(m.zero[n * m.zero_stride + b]) : 8);
+  bool in_registers = true;
+  if constexpr (C::adjust == Adjust::blocks)
+    for (int64_t b = 0; b < blocks; ++b) {
+      const int zero = m.zero ? uint8_t(m.zero[n * m.zero_stride + b]) : 8;
+      in_registers &= zero <= C::last_zero;
+      adjust[b] = A::zero_point(zero);
+    }
+  return in_registers;
 }
 
 // Places in the workspace, for kMaxColumns rows of d elements.
@@ -232,7 +248,7 @@ struct Workspace {
 
 template <class A, template <class> class Codec>
 void decode_row(const Row& row, const Reduction& r, char* out) {
-  using Source = Decoded<A, Codec>;
+  using Source = Decoded<A, Codec, true>;
   for (int64_t b = 0; b < r.blocks; ++b) {
     const int64_t begin = b * r.block, end = begin + r.block < r.whole ? begin + r.block : r.whole;
     for (int64_t s = begin; s < end; ++s) A::store(out + s * Paneled<A>::bytes, Source::load(row, s, b));
@@ -256,13 +272,16 @@ void multiply(const char* a, int64_t m, const Weights& w, int64_t n, int64_t d, 
     const bool is_full = n - j0 >= full;
     const int columns = is_full ? full : 1;
     const int64_t left = n - j0 - columns, ahead = left >= full ? full : left > 0 ? 1 : 0;
+    bool in_registers = !once;
     Row rows[kMaxColumns];
     for (int j = 0; j < columns; ++j) {
       const int64_t row = matrix_row(w, j0 + j);
       rows[j] = {matrix.data + row * matrix.data_stride, space.adjust(w.workspace, j),
                  space.multiplier(w.workspace, j)};
-      prepare<A, Codec<A>>(matrix, row, r.blocks, d, space.multiplier(w.workspace, j), space.adjust(w.workspace, j));
-      if (!once) continue;
+      in_registers &= prepare<A, Codec<A>>(matrix, row, r.blocks, d, space.multiplier(w.workspace, j),
+                                           space.adjust(w.workspace, j));
+    }
+    for (int j = 0; j < columns && !in_registers; ++j) {
       char* const panel = space.panel(w.workspace, j);
       decode_row<A, Codec>(rows[j], r, panel);
       rows[j].data = panel;
@@ -275,10 +294,49 @@ void multiply(const char* a, int64_t m, const Weights& w, int64_t n, int64_t d, 
       const int count = groups.rows(group);
       const int64_t first = groups.first_row(group);
       float* const out = static_cast<float*>(c) + first * ldc + j0;
-      const Tile run = once ? tile_of<A, Paneled<A>>(count, is_full) : tile_of<A, Decoded<A, Codec>>(count, is_full);
-      run(a + first * row_bytes, rows, r, out, ldc, next);
+      if (once || in_registers) {
+        const Tile run = once ? tile_of<A, Paneled<A>>(count, is_full) : tile_of<A, Decoded<A, Codec>>(count, is_full);
+        run(a + first * row_bytes, rows, r, out, ldc, next);
+        continue;
+      }
+      for (int j = 0; j < columns; ++j)  // tiles in registers are wider than those of panels
+        tile_of<A, Paneled<A>>(count, false)(a + first * row_bytes, rows + j, r, out + j, ldc, next);
     }
     j0 += columns;
+  }
+}
+
+// Elements [begin, begin + count) of row n, code times scale; `begin` is the first of a step.
+template <template <class> class Codec>
+void decode_elements(const QuantizedMatrix& m, int64_t n, int64_t begin, int64_t count, float* out) {
+  using C = Codec<Wide>;
+  constexpr int64_t step = Wide::step;
+  const char* const data = m.data + n * m.data_stride;
+  const char* const scales = m.scale + n / m.scale_rows * m.scale_stride;
+  const int64_t end = begin + count, share = m.scale_columns ? m.scale_columns : end;
+  for (int64_t at = begin; at < end;) {
+    const int64_t block = at / share, until = (block + 1) * share < end ? (block + 1) * share : end;
+    float scale;
+    if (m.exponents)
+      scale = from_e8m0(uint8_t(scales[block]));
+    else
+      __builtin_memcpy(&scale, scales + block * 4, 4);
+    const uint32_t adjust = C::adjust == Adjust::blocks
+                                ? Wide::zero_point(m.zero ? uint8_t(m.zero[n * m.zero_stride + block]) : 8)
+                                : Wide::below(0);
+    const VF factor = set<VF>(scale);
+    for (; at + step <= until; at += step, out += step) {
+      const Wide::X x = C::decode(data + at * C::bits / 8, adjust);
+      store_in_order(out, {x.even * factor, x.odd * factor});
+    }
+    if (at == until) continue;
+    char last[step * C::bits / 8] = {};
+    float elements[step];
+    __builtin_memcpy(last, data + at * C::bits / 8, size_t((until - at) * C::bits + 7) / 8);
+    const Wide::X x = C::decode(last, adjust);
+    store_in_order(elements, {x.even * factor, x.odd * factor});
+    __builtin_memcpy(out, elements, size_t(until - at) * 4);
+    at = until;
   }
 }
 
@@ -303,8 +361,17 @@ int64_t workspace(int64_t d) {
 }
 
 template <class A, template <class> class Codec, class T>
-constexpr GemmKernel kernel = {A::step,         sizeof(typename A::Packed), kMaxRows,    1,
-                               pack_rows<A, T>, multiply<A, Codec>,         workspace<A>};
+constexpr GemmKernel kernel = {A::step,
+                               sizeof(typename A::Packed),
+                               kMaxRows,
+                               1,
+                               pack_rows<A, T>,
+                               multiply<A, Codec>,
+                               workspace<A>,
+                               nullptr,
+                               nullptr,
+                               nullptr,
+                               decode_elements<Codec>};
 
 #if defined(POLYMOE_LEVEL_AVX512_BF16)
 using ForBf16 = Dot;

@@ -12,7 +12,6 @@ from polymoe.formats.weight import MODES, Format, Weight
 from polymoe.ops import _check as check_that
 
 GROUPS = (32, 64, 128)
-LAST_ZERO = 16  # what GPTQ's 15, which is stored less 1, stands for
 _SMALLEST = 2.0**-126  # of a scale: subnormal ones would lose bits
 
 
@@ -48,16 +47,13 @@ class Int4(Format):
         data   uint8 or int8 (the same bytes) [..., N, ceil(D / 2)]: codes 0 to 15, element 2j in the low half of byte
                j, element 2j + 1 in the high half. The half that an odd D leaves is not read.
         scale  float32 [..., N, ceil(D / G)]
-        zero   uint8 [..., N, ceil(D / G)], 0 to 16, or None, which is 8 everywhere (symmetric)
+        zero   uint8 [..., N, ceil(D / G)], or None, which is 8 everywhere (symmetric)
         value  (code[n, d] - zero[n, d // G]) * scale[n, d // G]
 
     Quantising, symmetric: the scale is the largest magnitude of the group / 7, the code 8 + weight / scale to the
     nearest, ties to even. With zero points: the scale spans the group and zero in 15 steps, the zero point is the
     nearest integer to -lowest / scale, and the code that to zero point + weight / scale. A group of zeros has the
     scale 2^-126 and the code of its zero point.
-
-    Kernels decode through a table that ends at zero point 16, which GPTQ's layout can hold. `Weight.from_tensors` and
-    `polymoe.nn.QuantizedExperts` refuse larger ones; ops do not read all zero points in every call to find out.
 
     Names: int4_g32, int4_g64, int4_g128.
     """
@@ -88,10 +84,6 @@ class Int4(Format):
 
     def check_zero(self, op: str, name: str, zero: Tensor) -> None:
         check_that.dtype(op, name, zero, (torch.uint8,))
-
-    def check_values(self, op: str, name: str, weight: Weight) -> None:
-        if weight.zero is not None and weight.zero.numel() and (largest := int(weight.zero.max())) > LAST_ZERO:
-            check_that.fail(op, f"{name}_zero", f"zero points from 0 to {LAST_ZERO}", largest)
 
     def _encode(self, weight: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         N, D = weight.shape[-2:]

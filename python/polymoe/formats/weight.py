@@ -54,8 +54,7 @@ class Weight:
         """Undoes `tensors` and `metadata`.
 
         Raises:
-            ValueError: a tensor or the metadata is missing, a shape or dtype is not that of the format, or zero points
-                are not ones that it has.
+            ValueError: a tensor or the metadata is missing, or a shape or dtype is not that of the format.
         """
         described = metadata.get(name, "").split()
         if len(described) != 3 or not (described[1] + described[2]).isdecimal():
@@ -68,7 +67,6 @@ class Weight:
         from polymoe.formats.names import parse
 
         parse(weight.format).check("formats", name, weight)
-        parse(weight.format).check_values("formats", name, weight)
         return weight
 
 
@@ -148,10 +146,6 @@ class Format(ABC):
         if weight.zero is not None:
             self.check_zero(op, zero_name, weight.zero)
             self._shape(op, zero_name, weight.zero, weight.scale.shape)
-
-    def check_values(self, op: str, name: str, weight: Weight) -> None:  # noqa: B027  most formats have no such value
-        """Raises ValueError for numbers that no kernel reads as documented. It reads tensors, so it belongs to where
-        weights come in and not to every call of an op."""
 
     def check_zero(self, op: str, name: str, zero: Tensor) -> None:
         """Raises ValueError unless the format has zero points and `zero` has their dtype."""
