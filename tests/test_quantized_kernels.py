@@ -138,7 +138,7 @@ def test_int8_errs_less_than_the_published_rounding(name: str, mode: str, target
     """On normal, heavy-tailed and outlier-channel rows. Not always: weights that are small where the rows are large
     lose, and groups of 128 lose to float32 scales there are outliers, as printed."""
     random = Random(seed)
-    T, N, D = 48, 64, 1024
+    T, N, D = 384, 64, 1024  # of few tokens the outliers' errors, which are most of it, say little
     normal, dense = random.normal(T, D), random.matrix(1, N, D, dtype=torch.float32)
     heavy = normal / (random.normal(3, T, D).square().mean(0)).sqrt()  # Student's t with 3 degrees of freedom
     channels, outliers = random.permutation(D)[: D // 100], normal.clone()

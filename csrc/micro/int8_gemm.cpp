@@ -232,6 +232,8 @@ void tile(const Piece* a, const char* panel, const float* scale, const float* of
   for (VF& v : total) v = set<VF>(0);
   for (int64_t g = 0; g < pieces; g += GROUP, a += ROWS * GROUP) {
     VF part[ROWS * kVectors];
+#pragma GCC unroll 16
+    for (VF& v : part) v = set<VF>(0);
     for (int p = 0; p < GROUP; p += SUMMED) {
       Bytes acc[ROWS * kVectors];
 #pragma GCC unroll 8
@@ -265,7 +267,7 @@ void tile(const Piece* a, const char* panel, const float* scale, const float* of
             exact = fma(load<VF>(offset + at), set<VF>(-sum), exact);
           }
           VF& sum = part[i * kVectors + v];
-          sum = p == 0 ? exact * scales : fma(exact, scales, sum);
+          sum = fma(exact, scales, sum);
         }
       }
     }
