@@ -30,6 +30,7 @@ from benchmarks import (
     plots,
     report,
     requirements,
+    stand_ins,
 )
 from benchmarks._harness import Bench, Case, Contender
 from benchmarks._report import Result, Row, table
@@ -107,31 +108,60 @@ def test_a_lower_level_runs_with_torch_limited_alike(capsys: pytest.CaptureFixtu
     assert device.isa_level() == BEST
 
 
-QUANTIZED_CELL = ["--shapes", "tiny", "--tokens", "3", "--formats", "mxfp4", "--threads", "1", "--quick"]
+QUANTIZED_CELL = ["--shapes", "tiny", "--tokens", "3", "--formats", "mxfp4", "--threads", "1", "--quick", "--no-peers"]
 
 
-def test_quantised_weights(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+OF_MXFP4 = ["bf16", "mxfp4", "mxfp4, int8", "mxfp4, int8_g128"]
+
+
+def test_quantised_weights(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bounds, "last_level_cache", lambda: 0)
     monkeypatch.setattr(bounds, "VOID_ABOVE", float("inf"))
-    assert bench_quantized.main(QUANTIZED_CELL) == 0
+    page = tmp_path / "page.md"
+    assert bench_quantized.main([*QUANTIZED_CELL, "--out", str(page)]) == 0
     printed = capsys.readouterr().out
-    cells = re.findall(r"^\| tiny \| 3 \| (.+?) \| \S+ \| (\S+) \| \S+ \| (\S+) \|", printed, re.MULTILINE)
-    assert [name for name, *_ in cells] == ["bf16", "mxfp4", "mxfp4, int8", "mxfp4, int8_g128"]
+    assert page.read_text() == f"# Quantised experts\n\n{printed[:-1]}"
+    cells = re.findall(r"^\| tiny \| 3 \| (.+?) \| \S+ \| (\S+) \|(?: \S+ \|){4} (\S+) \|", printed, re.MULTILINE)
+    ours = [f"**{name}**" for name in OF_MXFP4]
+    assert [name for name, *_ in cells] == [ours[0], "eager bf16 loop", *ours[1:]]
     assert all(re.fullmatch(r"\d+\.\d\d", share) for _, share, _ in cells)
     errors = [float(error) for *_, error in cells]
-    assert 0 < max(errors[:2]) < min(errors[2:]) <= max(errors) < bench_quantized.INT8_ERROR  # of what is stored, not of what was quantised
+    assert 0 < max(errors[:3]) < min(errors[3:])  # of what is stored, not of what was quantised
+    assert max(errors) < bench_quantized.INT8_ERROR
+
+    def measured(*_: object) -> None:
+        raise AssertionError("a cell that was kept is measured again")
+
+    monkeypatch.setattr(bench_quantized, "measure", measured)
+    assert bench_quantized.main([*QUANTIZED_CELL, "--out", str(page)]) == 0
+    assert capsys.readouterr().out == printed
+
+
+def test_quantised_weights_by_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["quantized", "--shapes", "tiny", "--tokens", "2", "--threads", "1", "--quick", "--contenders", "eager"]
+    assert command.main(["run", *words, "--probe-mib", "32", "--report", str(tmp_path / "page")]) == 0
+    printed = capsys.readouterr().out
+    assert all(f"| **{name}** |" in printed for name in ("mxfp4, int8_g128", "fp8_block128", "int4_g32"))
+    assert (tmp_path / "page.md").read_text().endswith(printed[:-1])
+
+
+def test_speeds_that_stand_in() -> None:
+    assert stand_ins.times_eager("w2", 16, "fp8_block128") == 2.295
+    assert stand_ins.times_eager("w2", 17, "mxfp4") is None
+    assert stand_ins.times_eager("tiny", 16, "mxfp4") is None
 
 
 def test_quantised_weights_void_and_wrong(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bounds, "last_level_cache", lambda: 0)
     monkeypatch.setattr(bounds, "VOID_ABOVE", 0.0)
     monkeypatch.setattr(bench_quantized, "tolerance", lambda *_: 1e-9)
+    monkeypatch.setattr(bench_quantized, "INT8_ERROR", 0.0)
     assert bench_quantized.main(QUANTIZED_CELL) == 1
     printed = capsys.readouterr().out
-    assert printed.count("VOID") == printed.count("WRONG") == 4
+    assert printed.count("VOID") == printed.count("WRONG") == len(OF_MXFP4) + 1
     monkeypatch.undo()
     assert bench_quantized.main(QUANTIZED_CELL) == 0
-    assert capsys.readouterr().out.count("| cache |") == 4
+    assert capsys.readouterr().out.count("| cache |") == len(OF_MXFP4) + 1
 
 
 def test_backend_selection_is_measured(capsys: pytest.CaptureFixture[str]) -> None:

@@ -110,13 +110,14 @@ class Worker:
 def serve(config: dict[str, Any]) -> None:
     """The worker's side: a line of JSON for every line of JSON."""
     from benchmarks.contenders import plugins
+    from benchmarks.contenders.quantized import QUANTIZED
 
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # stopped, it would not notice that its parent is gone
     torch.set_num_threads(config["threads"])
     shape = Shape(**config["shape"] | {"groups": None})
     layer = make_layer(shape, inputs.DTYPES[config["dtype"]], inputs.generator(config["seed"]))
     before = resident()
-    prepared = plugins()[config["contender"]].prepare(layer)
+    prepared = (plugins() | QUANTIZED)[config["contender"]].prepare(layer)
     _say(held=max(0, resident() - before))
     sets: list[InputSet] = []
     brief = True
