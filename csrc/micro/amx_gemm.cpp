@@ -46,6 +46,10 @@ struct Sums {
 struct Ahead {
   const char* at[kMaxRows];
   int count = 0;
+
+  void operator()(int64_t step, int64_t) const {
+    for (int i = 0; i < count; ++i) __builtin_prefetch(at[i] + step * kLine, 0, 2);
+  }
 };
 
 // The shape of the tile registers as they are.
@@ -63,7 +67,7 @@ struct Configured {
   }
 };
 
-template <int NA, int NB>
+template <int NA, int NB, class Ahead>
 void multiply_tiles(const Side& a, const Side& b, int64_t steps, bool add, const Sums& c, const Ahead& ahead) {
   using T = TileNumbers<NA, NB>;
   each<NA>([&](auto i) {
@@ -93,7 +97,7 @@ void multiply_tiles(const Side& a, const Side& b, int64_t steps, bool add, const
         each<NB>([&](auto j) { dot(i, j); });
       });
     }
-    for (int i = 0; i < ahead.count; ++i) __builtin_prefetch(ahead.at[i] + s * kLine, 0, 2);
+    ahead(s, steps);
   }
   each<NA * NB>([&](auto i) { tile_store<i.value>(c.tile[i.value], c.stride); });
 }
@@ -118,9 +122,28 @@ struct Rows {
 
 constexpr int64_t kPanelStep = kPanel * kStep * int64_t(sizeof(bf16));  // bytes of a step of a full panel
 
+// Panels that are asked for while others are multiplied: those themselves, some steps further on, and past their end
+// the ones that come next.
+struct PanelsAhead {
+  static constexpr int64_t kSteps = 6;
+  const char *now[2], *next[2];
+  int count = 0;
+
+  void add(const char* panel, const char* after) { now[count] = panel, next[count++] = after; }
+
+  void operator()(int64_t step, int64_t steps) const {
+    const int64_t wanted = step + kSteps;
+    for (int i = 0; i < count; ++i) {
+      const char* const from = wanted < steps ? now[i] + wanted * kPanelStep : next[i] + (wanted - steps) * kPanelStep;
+      for (int64_t line = 0; line < kPanelStep; line += kLine) __builtin_prefetch(from + line, 0, 2);
+    }
+  }
+};
+
 // `steps` steps, from step `begin` of the rows of A on, of one or two panels; `c` points to the group's sums.
 [[gnu::nothrow]] void multiply_panels(const Rows& rows, int64_t group, const char* const* panel, int panels,
-                                      int64_t begin, int64_t steps, float* c, int64_t ldc, Configured& configured) {
+                                      int64_t begin, int64_t steps, float* c, int64_t ldc, Configured& configured,
+                                      const PanelsAhead& ahead) {
   const Halves halves(rows.groups.rows(group));
   const char* const a = rows.at(group, begin);
   const Side left{{a, a + halves.count[0] * kLine}, {kLine, kLine}, rows.groups.rows(group) * kLine};
@@ -132,16 +155,16 @@ constexpr int64_t kPanelStep = kPanel * kStep * int64_t(sizeof(bf16));  // bytes
     for (int i = 0; i < 2; ++i)
       for (int j = 0; j < 2; ++j) sums.tile[2 * i + j] = c + i * halves.count[0] * ldc + j * kTileRows;
     configured.become<2, 2>(shape);
-    multiply_tiles<2, 2>(left, right, steps, begin != 0, sums, {});
+    multiply_tiles<2, 2>(left, right, steps, begin != 0, sums, ahead);
     return;
   }
   for (int j = 0; j < 2 * panels; ++j) sums.tile[j] = c + j * kTileRows;
   if (panels == 2) {
     configured.become<1, 4>(shape);
-    multiply_tiles<1, 4>(left, right, steps, begin != 0, sums, {});
+    multiply_tiles<1, 4>(left, right, steps, begin != 0, sums, ahead);
   } else {
     configured.become<1, 2>(shape);
-    multiply_tiles<1, 2>(left, right, steps, begin != 0, sums, {});
+    multiply_tiles<1, 2>(left, right, steps, begin != 0, sums, ahead);
   }
 }
 
@@ -156,7 +179,7 @@ void expand_tail(const char* tail, int64_t columns, int64_t left, char* out) {
   for (int64_t j = 0; j < columns; ++j) __builtin_memcpy(out + left / 2 * 2 * kLine + j * 4, odd + j * 2, 2);
 }
 
-void multiply_full_panels(const Rows& rows, const char* weights, int64_t panels, int64_t column,
+void multiply_full_panels(const Rows& rows, const char* weights, int64_t panels, int64_t column, const char* after,
                           Configured& configured) {
   const int64_t panel_bytes = kPanel * rows.d * int64_t(sizeof(bf16));
   const int64_t whole = rows.d / kStep, per_strip = rows.small() ? 2 : 1;
@@ -166,9 +189,19 @@ void multiply_full_panels(const Rows& rows, const char* weights, int64_t panels,
       const int count = int(panels - p < per_strip ? panels - p : per_strip);
       const char* panel[2];
       for (int i = 0; i < count; ++i) panel[i] = find(weights + (p + i) * panel_bytes, i);
+      PanelsAhead ahead;
+      // With more row groups the L2 cache has the panels, and the hardware fetches them.
+      if (rows.groups.count == 1 && steps >= PanelsAhead::kSteps)
+        for (int i = 0; i < count; ++i) {
+          const int64_t next = p + count + i;
+          const char* const follows = next < panels ? weights + next * panel_bytes
+                                      : after       ? after + i * panel_bytes
+                                                    : panel[i];
+          ahead.add(panel[i], follows);
+        }
       for (int64_t group = 0; group < rows.groups.count; ++group)
         multiply_panels(rows, group, panel, count, begin, steps, rows.sums(group) + column + p * kPanel, rows.ldc,
-                        configured);
+                        configured, ahead);
     }
   };
   // A block along the reduction passes over all strips before the next one: its slice of A stays in the L2 cache.
@@ -202,17 +235,17 @@ void multiply_full_panels(const Rows& rows, const char* weights, int64_t panels,
         for (int64_t i = 0; i < count; ++i)
           __builtin_memcpy(sums + i * kPanel, c + i * rows.ldc, size_t(columns) * sizeof(float));
       const char* const panel = full;
-      multiply_panels(rows, group, &panel, 1, begin, steps, sums, kPanel, configured);
+      multiply_panels(rows, group, &panel, 1, begin, steps, sums, kPanel, configured, {});
       for (int64_t i = 0; i < count; ++i)
         __builtin_memcpy(c + i * rows.ldc, sums + i * kPanel, size_t(columns) * sizeof(float));
     }
   }
 }
 
-void multiply_run(const Rows& rows, const char* weights, int64_t n, int64_t left, int64_t column,
+void multiply_run(const Rows& rows, const char* weights, int64_t n, int64_t left, int64_t column, const char* after,
                   Configured& configured) {
   const int64_t most = left / kPanel * kPanel, full = n < most ? n : most;
-  if (full > 0) multiply_full_panels(rows, weights, full / kPanel, column, configured);
+  if (full > 0) multiply_full_panels(rows, weights, full / kPanel, column, n > full ? nullptr : after, configured);
   if (n > full)
     multiply_short_panel(rows, weights + full * rows.d * int64_t(sizeof(bf16)), n - full, column + full, configured);
 }
@@ -230,8 +263,8 @@ void multiply_packed(const char* a, int64_t m, const Weights& w, int64_t n, int6
   if (trivial(rows, m, n)) return;
   Configured configured;
   const int64_t first = n < w.split ? n : w.split;
-  multiply_run(rows, w.first, first, w.left, 0, configured);
-  if (first < n) multiply_run(rows, w.second, n - first, w.left, first, configured);
+  multiply_run(rows, w.first, first, w.left, 0, first < n ? w.second : w.next, configured);
+  if (first < n) multiply_run(rows, w.second, n - first, w.left, first, w.next, configured);
 }
 
 // A step of a row is a row of a tile.
@@ -341,7 +374,7 @@ void multiply_columns(const char* a, int64_t m, const char* w, int64_t stride, i
         const char* const panel[2] = {workspace + p * panel_bytes, workspace + (p + 1) * panel_bytes};
         for (int64_t group = 0; group < rows.groups.count; ++group)
           multiply_panels(rows, group, panel, together, begin, count, rows.sums(group) + (first + p) * kPanel, ldc,
-                          configured);
+                          configured, {});
       }
     }
   }
