@@ -119,6 +119,7 @@ def serve(config: dict[str, Any]) -> None:
     before = resident()
     prepared = (plugins() | QUANTIZED)[config["contender"]].prepare(layer)
     _say(held=max(0, resident() - before))
+    del layer  # what the contender has not taken over
     sets: list[InputSet] = []
     brief = True
     for line in sys.stdin:
