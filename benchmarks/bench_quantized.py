@@ -185,8 +185,9 @@ class Measured:
 
 @dataclass(frozen=True)
 class Line:
-    """One contender of one cell, as it is kept."""
+    """One contender of one cell, as it is kept; `run` is what else its times depend on."""
 
+    run: str
     shape: str
     T: int
     threads: int
@@ -235,7 +236,7 @@ def measure(layer: Layer, found: Sequence[Stored], T: int, cell: Cells, probes: 
     lines = []
     for one, median, share, off in zip(found, seen.medians, seen.shares, errors(found, sets[0], calls), strict=True):
         wrong = one.tolerance is not None and not off <= one.tolerance
-        where = (shape.name, T, cell.threads, cell.isa, one.name, one.format, one.peer, one.weight_only)
+        where = (cell.described, shape.name, T, cell.threads, cell.isa, one.name, one.format, one.peer, one.weight_only)
         flops = 2.0 * T * shape.K * shape.expert_elements
         lines.append(Line(*where, median, share, seen.void, off, wrong, flops, seen.others))
     for text in table(lines):
@@ -258,6 +259,11 @@ class Cells:
     probe_mib: int
     kept: Path | None
 
+    @property
+    def described(self) -> str:
+        peers = "with" if self.peers else "without"
+        return f"seed {self.seed}, {self.effort.seconds} s, {peers} libraries, {', '.join(self.formats)}"
+
     def libraries(self, format: str, shape: Shape) -> list[Quantized]:
         problem = Problem(shape, format, self.isa, self.isa == supported_levels()[-1])
         plugins = [plugin for plugin in QUANTIZED.values() if self.peers and plugin.format == format]
@@ -270,7 +276,7 @@ class Cells:
         return [f"Absent: {name}: {reason}." for name, reason in reasons.items() if reason]
 
     def run(self) -> list[Line]:
-        """The lines of all cells, in their order. Those that are kept already are not measured again."""
+        """The lines of all cells, in their order. Those that are kept from a run like this are not measured again."""
         lines = self._kept()
         probe = closing(BandwidthProbe(self.probe_mib, self.threads))
         with torch.no_grad(), torch_threads(self.threads), isa_level(self.isa), probe as bandwidth:
@@ -300,7 +306,8 @@ class Cells:
         if self.kept is None or not self.kept.exists():
             return []
         lines = [Line(**json.loads(text)) for text in self.kept.read_text().splitlines()]
-        return [line for line in lines if (line.threads, line.isa) == (self.threads, self.isa)]
+        same = (self.described, self.threads, self.isa)
+        return [line for line in lines if (line.run, line.threads, line.isa) == same]
 
 
 def is_of(line: Line, shape: str, T: int) -> bool:

@@ -135,6 +135,8 @@ def test_quantised_weights(tmp_path: Path, capsys: pytest.CaptureFixture[str], m
     monkeypatch.setattr(bench_quantized, "measure", measured)
     assert bench_quantized.main([*QUANTIZED_CELL, "--out", str(page)]) == 0
     assert capsys.readouterr().out == printed
+    with pytest.raises(AssertionError, match="measured again"):  # another run than the one that was kept
+        bench_quantized.main([*QUANTIZED_CELL, "--out", str(page), "--seed", "1"])
 
 
 def test_quantised_weights_by_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
