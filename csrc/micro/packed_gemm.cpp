@@ -12,7 +12,7 @@ constexpr int kMaxRows = 14;
 constexpr int kUnits[kMaxRows] = {4, 4, 4, 3, 2, 2, 1, 1, 1, 1, 1, 1, 1, 1};
 #elif defined(POLYMOE_LEVEL_AVX2)
 constexpr int kMaxRows = 6;
-constexpr int kUnits[kMaxRows] = {4, 2, 1, 1, 1, 1};
+constexpr int kUnits[kMaxRows] = {4, 2, 2, 1, 1, 1};
 #else
 constexpr int kMaxRows = 4;
 constexpr int kUnits[kMaxRows] = {1, 1, 1, 1};
@@ -142,17 +142,19 @@ struct Rows {
 };
 
 // Multiplies one block of the reduction: `steps` steps from step `begin` on, of `units` units of columns of W, whose
-// sums go to columns `column` of C on. Each row group fetches its share of the block that `next` points to.
+// sums go to columns `column` of C on. Each tile fetches its share of the block that `next` points to.
 template <class F>
 void multiply_block(const Rows<F>& rows, const char* const* w, int units, int64_t stride, int64_t begin, int64_t steps,
                     int64_t column, const Fetch& next) {
   constexpr int lines = int(kChunk * kStride<F> / 64);
   for (int64_t group = 0; group < rows.groups.count; ++group) {
     const int count = rows.groups.rows(group), most = kUnits[count - 1];
-    Fetch fetch = next;
-    fetch.first = int(lines * group / rows.groups.count);
-    fetch.last = int(lines * (group + 1) / rows.groups.count);
-    for (int u = 0; u < units; u += most, fetch.streams = 0) {
+    const int64_t tiles = (units + most - 1) / most, all = rows.groups.count * tiles;
+    for (int u = 0; u < units; u += most) {
+      const int64_t index = group * tiles + u / most;
+      Fetch fetch = next;
+      fetch.first = int(lines * index / all);
+      fetch.last = int(lines * (index + 1) / all);
       const int taken = units - u < most ? units - u : most;
       tile_of<F>(count, taken)(rows.at(group, begin), w + u, stride, steps, begin != 0, fetch,
                                rows.c + rows.groups.first_row(group) * rows.ldc + column + u * kUnit<F>, rows.ldc);
@@ -191,7 +193,11 @@ template <class F>
 void multiply_panels(const Rows<F>& rows, const char* panels, int64_t units, int64_t column, const char* after) {
   constexpr int64_t per_panel = kPanel / kUnit<F>, block_bytes = kBlockSteps<F> * kStride<F>;
   // Where memory is all that such few rows wait for, the hardware's own prefetch does better.
+#if defined(POLYMOE_LEVEL_AVX2)
+  constexpr int64_t kStreamedRows = 1;
+#else
   constexpr int64_t kStreamedRows = 4;
+#endif
   const bool fetches = rows.groups.count > 1 || rows.groups.rows(0) > kStreamedRows;
   const int64_t whole = rows.d / F::step;
   // No less than a panel, whose cache lines hold all of its units.
