@@ -9,7 +9,10 @@ from typing import Any
 
 import torch
 
+from benchmarks import bounds
 from benchmarks._options import Options
+from benchmarks._timing import Call, Cold
+from benchmarks.probes import BandwidthProbe
 from polymoe.hal import registry
 from polymoe.hal.problem import OPS, Problem
 from polymoe.hal.select import decide, declined
@@ -36,6 +39,7 @@ class Case:
     error       of what `call` computes, over all input sets, against float64
     footprint   bytes of all input sets and weights that take turns; default: no set shares anything with another
     helpers     processes that compute for a contender
+    cold        whether the caches are emptied before every sample where the footprint alone would not do it
     The other fields are those of Row."""
 
     labels: dict[str, str | int]
@@ -47,6 +51,7 @@ class Case:
     required: dict[str, float] = field(default_factory=dict)
     footprint: float | None = None
     helpers: tuple[int, ...] = ()
+    cold: bool = False
     absent: dict[str, str] = field(default_factory=dict)
 
 
@@ -80,6 +85,14 @@ class Seen:
         start = perf_counter()
         self(first)
         return perf_counter() - start
+
+
+def cold(calls: list[Call], footprint: float, probe: BandwidthProbe) -> tuple[list[Call], bool]:
+    """The calls such that their data come from memory, though they touch `footprint` bytes in turns; and whether they
+    do: the probe may not read enough to empty the caches."""
+    if bounds.streams(footprint) or not bounds.evicts(probe.bytes):
+        return calls, bounds.streams(footprint)
+    return [Cold(call, probe) for call in calls], True
 
 
 def ours(

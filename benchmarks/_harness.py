@@ -23,11 +23,11 @@ from statistics import median
 import torch
 
 from benchmarks import bounds, gpu
-from benchmarks._case import Bench, Case, Contender, Seen, contender_name, ours
+from benchmarks._case import Bench, Case, Contender, Seen, cold, contender_name, ours
 from benchmarks._options import NO_LEVEL, Options, add_arguments, options, supported_levels
 from benchmarks._progress import Progress, say
 from benchmarks._report import OTHER_CPU_LIMIT, Result, Row, table
-from benchmarks._timing import OtherCpuUse, rounds, timing
+from benchmarks._timing import Call, OtherCpuUse, rounds, timing
 from benchmarks.inputs import SETS
 from benchmarks.memory import peak_memory
 from benchmarks.probes import BandwidthProbe, PeakProbe
@@ -73,20 +73,21 @@ def measure(op: str, case: Case, level: str, options: Options, probes: Probes) -
 def _measure_once(op: str, case: Case, level: str, options: Options, probes: Probes) -> Row:
     """Errors are taken before and after, so that a contender that spoils the common inputs is found out; the larger one
     is reported. The probes take their turns between the contenders."""
-    calls = [contender.call for contender in case.contenders]
+    calls: list[Call] = [contender.call for contender in case.contenders]
     errors = [case.error(call) for call in calls]
     peaks = [peak_memory(c.call) if c.peak is None else c.peak() for c in case.contenders]
     dtype = str(case.labels.get("dtype", ""))
     instruction = bounds.instruction(level, dtype) if case.flops else ""
     seen = Seen(probes.bandwidth, probes.peak(instruction))
     before = probes.bandwidth.survey()
+    footprint = case.bytes * SETS if case.footprint is None else case.footprint
+    timed, streams = cold(calls, footprint, probes.bandwidth) if case.cold else (calls, bounds.streams(footprint))
     with OtherCpuUse(case.helpers) as others:
-        *samples, _ = rounds([*calls, seen], SETS, options.effort)
+        *samples, _ = rounds([*timed, seen], SETS, options.effort)
     after = probes.bandwidth.survey()
     errors = [max(error, case.error(call)) for error, call in zip(errors, calls, strict=True)]
 
     bandwidths, ceilings = seen.bandwidths[-len(samples[0]) :], seen.peaks[-len(samples[0]) :]
-    streams = bounds.streams(case.bytes * SETS if case.footprint is None else case.footprint)
     results = []
     for contender, taken, error, peak in zip(case.contenders, samples, errors, peaks, strict=True):
         t = timing(taken)

@@ -48,6 +48,24 @@ class Timing:
     samples: int
 
 
+class Cold:
+    """A call of which every sample finds the caches emptied by `evict`: data that did come from memory, whatever the
+    size of the cache. The weights of a model of many layers never stay in one."""
+
+    def __init__(self, call: Call, evict: Callable[[], object]) -> None:
+        self._call, self._evict = call, evict
+        self.evicting = 0.0  # seconds that the last time took
+
+    def __call__(self, i: int) -> object:
+        return self._call(i)
+
+    def seconds(self, first: int, repeats: int, sets: int) -> float:
+        start = perf_counter()
+        self._evict()
+        self.evicting = perf_counter() - start
+        return _sample(self._call, repeats, first, sets)
+
+
 def interleave(calls: Sequence[Call], sets: int, effort: Effort) -> list[Timing]:
     """Times the calls in turns on `sets` rotating input sets."""
     return [timing(samples) for samples in rounds(calls, sets, effort)]
@@ -61,7 +79,7 @@ def rounds(calls: Sequence[Call], sets: int, effort: Effort) -> list[list[float]
     """
     seconds = [_first(call, sets) for call in calls]
     repeats = [_repeats(s, sets) for s in seconds]
-    round_seconds = sum(s * n for s, n in zip(seconds, repeats, strict=True))
+    round_seconds = sum(s * n + getattr(c, "evicting", 0.0) for c, s, n in zip(calls, seconds, repeats, strict=True))
     wanted = min(max(effort.seconds / round_seconds, effort.min_rounds), effort.max_rounds)
     count = math.ceil(wanted / sets) * sets
     samples: list[list[float]] = [[] for _ in calls]

@@ -129,6 +129,7 @@ def make_case(layer: Layer, able: list[Contender], sets: list[InputSet], dtype: 
         flops=2.0 * T * shape.K * shape.expert_elements,
         required=required(shape, dtype, T, level, judge_accuracy=truth.numel() >= JUDGED_OUTPUTS),
         footprint=torch.cat([one for _, _, one in sets]).unique().numel() * expert_bytes + 2 * SETS * sets[0][0].nbytes,
+        cold=True,
     )
 
 

@@ -29,8 +29,8 @@ from torch import Tensor
 
 import polymoe
 from benchmarks import bounds, inputs
-from benchmarks._case import Seen
-from benchmarks._harness import cpu_name, isa_level, torch_threads
+from benchmarks._case import Seen, cold
+from benchmarks._harness import Probes, cpu_name, isa_level, torch_threads
 from benchmarks._options import Options, supported_levels
 from benchmarks._progress import say
 from benchmarks._report import markdown, other_cpu
@@ -42,7 +42,6 @@ from benchmarks.contenders.quantized import QUANTIZED, Quantized, quantized
 from benchmarks.inputs import SETS
 from benchmarks.layer import InputSet, Layer, exact, make_layer, make_set
 from benchmarks.models import ALIASES, SHAPES, Shape, shape_of
-from benchmarks.probes import BandwidthProbe, PeakProbe
 from benchmarks.stand_ins import times_eager
 from polymoe import formats
 from polymoe.formats import Weight
@@ -206,31 +205,32 @@ class Line:
 
 
 def measure_once(
-    layer: Layer, found: Sequence[Stored], calls: Sequence[Call], sets: list[InputSet], effort: Effort, probes: Seen
+    layer: Layer, found: Sequence[Stored], calls: list[Call], sets: list[InputSet], cell: Cells, probes: Probes
 ) -> Measured:
-    shape, first = layer.shape, len(probes.bandwidths)
+    shape = layer.shape
+    seen = Seen(probes.bandwidth, probes.peak(bounds.instruction(cell.isa, "bf16")))
     hit = sum(ids.unique().numel() for _, _, ids in sets) / SETS / shape.E
     touched = torch.cat([ids for _, _, ids in sets]).unique().numel() / shape.E
     flops = 2.0 * sets[0][2].numel() * shape.expert_elements
+    timed, streams = cold(calls, min(one.bytes for one in found) * touched, probes.bandwidth)
     with OtherCpuUse([call.pid for call in calls if isinstance(call, Worker)]) as others:
-        *samples, _ = rounds([*calls, probes], SETS, effort)
+        *samples, _ = rounds([*timed, seen], SETS, cell.effort)
     count = len(samples[0])
-    bandwidths, peaks = probes.bandwidths[first:][-count:], probes.peaks[first:][-count:]
+    bandwidths, peaks = seen.bandwidths[-count:], seen.peaks[-count:]
     shares: list[float | None] = []
     for one, taken in zip(found, samples, strict=True):
         bytes_, work = one.bytes * hit + 2 * sets[0][0].nbytes, flops if one.weight_only else 0.0
-        streams = bounds.streams(one.bytes * touched)
         shares.append(bounds.share(taken, bytes_, work, bandwidths, peaks) if streams else None)
     return Measured([timing(taken).median for taken in samples], shares, others.share)
 
 
-def measure(layer: Layer, found: Sequence[Stored], T: int, cell: Cells, probes: Seen) -> list[Line]:
+def measure(layer: Layer, found: Sequence[Stored], T: int, cell: Cells, probes: Probes) -> list[Line]:
     """The lines of a cell."""
     shape, source = layer.shape, inputs.generator(cell.seed + T)
     sets = [make_set(shape, T, torch.bfloat16, source) for _ in range(SETS)]
     calls = [one.prepare(sets) for one in found]
     for _ in range(ATTEMPTS if cell.effort is FULL else 1):
-        seen = measure_once(layer, found, calls, sets, cell.effort, probes)
+        seen = measure_once(layer, found, calls, sets, cell, probes)
         if not seen.void:
             break
     lines = []
@@ -278,10 +278,9 @@ class Cells:
     def run(self) -> list[Line]:
         """The lines of all cells, in their order. Those that are kept from a run like this are not measured again."""
         lines = self._kept()
-        probe = closing(BandwidthProbe(self.probe_mib, self.threads))
-        with torch.no_grad(), torch_threads(self.threads), isa_level(self.isa), probe as bandwidth:
-            bandwidth.survey()
-            probes = Seen(bandwidth, PeakProbe(bounds.instruction(self.isa, "bf16"), self.threads))
+        probes = Probes(self.probe_mib, self.threads)
+        with torch.no_grad(), torch_threads(self.threads), isa_level(self.isa), closing(probes.bandwidth):
+            probes.bandwidth.survey()
             for shape in self.shapes:
                 have = {line.T for line in lines if line.shape == shape.name}
                 missing = [T for T in self.tokens if T not in have]
@@ -289,7 +288,7 @@ class Cells:
                     lines += self._measure_shape(shape, missing, probes)
         return [line for shape in self.shapes for T in self.tokens for line in lines if is_of(line, shape.name, T)]
 
-    def _measure_shape(self, shape: Shape, tokens: Sequence[int], probes: Seen) -> list[Line]:
+    def _measure_shape(self, shape: Shape, tokens: Sequence[int], probes: Probes) -> list[Line]:
         lines = []
         with ExitStack() as stack:
             layer = make_layer(shape, torch.bfloat16, inputs.generator(self.seed))

@@ -14,6 +14,7 @@ from polymoe.hal import device
 
 VOID_ABOVE = 1.03  # a contender this far above its bound shows that a probe was too slow, or that data stayed in cache
 CACHE_TIMES = 4  # inputs that take turns must exceed the last-level cache so many times, or nothing streams from memory
+EVICT_TIMES = 2  # of the last-level cache, read one after the other, leave nothing else in it
 
 INSTRUCTIONS = {
     "portable": "mul_add_sse",
@@ -53,6 +54,11 @@ def last_level_cache() -> int:
         text = file.read_text().strip()
         sizes.append(int(text.rstrip("KM")) << {"K": 10, "M": 20}.get(text[-1], 0))
     return max(sizes, default=32 << 20)
+
+
+def evicts(read: int) -> bool:
+    """Whether reading so many bytes leaves nothing else in the caches."""
+    return read >= EVICT_TIMES * last_level_cache()
 
 
 def streams(footprint: float) -> bool:

@@ -69,19 +69,19 @@ class BandwidthProbe:
 
     def __init__(self, mebibytes: int = 1024, threads: int | None = None) -> None:
         self.threads = threads or torch.get_num_threads()
-        self._bytes = mebibytes * 2**20
+        self.bytes = mebibytes * 2**20
         self._buffers = {huge: self._allocate(huge) for huge in (True, False)}
         self.variant = Variant(True, 8, 2048)
 
     def _allocate(self, huge_pages: bool) -> int:
-        buffer: int | None = library().polymoe_probe_allocate(self._bytes, huge_pages, self.threads)
+        buffer: int | None = library().polymoe_probe_allocate(self.bytes, huge_pages, self.threads)
         if buffer is None:
-            raise MemoryError(f"benchmarks: no memory for a bandwidth probe of {self._bytes >> 20} MiB")
+            raise MemoryError(f"benchmarks: no memory for a bandwidth probe of {self.bytes >> 20} MiB")
         return buffer
 
     def close(self) -> None:
         for buffer in self._buffers.values():
-            library().polymoe_probe_free(buffer, self._bytes)
+            library().polymoe_probe_free(buffer, self.bytes)
         self._buffers.clear()
 
     def survey(self) -> float:
@@ -97,7 +97,7 @@ class BandwidthProbe:
 
     def _read(self, variant: Variant) -> float:
         buffer = self._buffers[variant.huge_pages]
-        return library().polymoe_probe_read(buffer, self._bytes, self.threads, variant.streams, variant.prefetch)
+        return library().polymoe_probe_read(buffer, self.bytes, self.threads, variant.streams, variant.prefetch)
 
 
 @dataclass(frozen=True)
