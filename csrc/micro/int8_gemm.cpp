@@ -143,7 +143,8 @@ inline void store_transposed(Bytes (&rows)[kLanes], char* out) {
 
 // --- weights: kDeep elements as unsigned bytes, each the code plus `offset` ------------------------------------------
 
-struct E2m1Codes {  // twice the value
+struct E2m1Codes {                        // twice the value
+  static constexpr bool by_piece = true;  // scales
   static constexpr int bits = 4, offset = 12;
   static constexpr float unit = 0.5f;
   static Bytes load(const char* p) {
@@ -156,15 +157,21 @@ struct E2m1Codes {  // twice the value
   }
 };
 struct Int8Codes {
+  static constexpr bool by_piece = false;
   static constexpr int bits = 8, offset = 128;
   static constexpr float unit = 1;
   static Bytes load(const char* p) { return flip_sign(load_bytes(p)); }
 };
 struct Int4Codes {
+  static constexpr bool by_piece = false;     // but in groups of 32 and 64
   static constexpr int bits = 4, offset = 8;  // which is the zero point where no other is given
   static constexpr float unit = 1;
   static Bytes load(const char* p) { return nibbles(p); }
 };
+
+// Rows of a tile: fewer where pieces have scales of their own, for the sums of a group take registers, too.
+template <class C, int GROUP>
+constexpr int kRows = kMaxRows > 5 && GROUP > 1 && C::by_piece ? 5 : kMaxRows;
 
 // Places in the workspace for kColumns columns of d elements, padded to whole groups of A.
 struct Space {
@@ -305,7 +312,7 @@ Tile tile_of(int rows) {
 
 template <class C, int GROUP>
 void multiply(const char* a, int64_t m, const Weights& w, int64_t n, int64_t d, void* c, int64_t ldc) {
-  const RowGroups groups(m, kMaxRows);
+  const RowGroups groups(m, kRows<C, GROUP>);
   const Space space(d, GROUP * kPiece);
   const int64_t shared = w.matrix->scale_columns;  // elements that share a scale of the weights
   const bool whole = shared == 0 || shared % (GROUP * kPiece) == 0;
@@ -386,7 +393,7 @@ int64_t workspace(int64_t d) {
 }
 
 template <class C, int GROUP, class T>
-constexpr GemmKernel kernel = {GROUP * kPiece,         sizeof(Piece) / kPiece, kMaxRows,        1,
+constexpr GemmKernel kernel = {GROUP * kPiece,         sizeof(Piece) / kPiece, kRows<C, GROUP>, 1,
                                pack_rows<C, GROUP, T>, multiply<C, GROUP>,     workspace<GROUP>};
 
 template <class C, int GROUP>
