@@ -110,7 +110,7 @@ def main() -> int:
     own = parser.parse_args()
     options = train_tiny_moe.Options(steps=own.steps, hidden=own.hidden, **SIZES)
     model = train_tiny_moe.make_model(options)
-    train_tiny_moe.train(model, "polymoe", options)
+    train_tiny_moe.train({"polymoe": model}, options)
     lines = ["| experts | mode | bits a weight | perplexity a byte | over float32 |", "|---|---|---|---|---|"]
     print("\n" + "\n".join(lines))
     base = None

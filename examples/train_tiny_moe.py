@@ -1,5 +1,6 @@
 """Trains a small DeepSeek-V4-style language model of Transformers twice from the same seed, once with its own eager
-experts and once with polymoe's: byte by byte on examples/data/kjv.txt, in float32, a few minutes on two cores.
+experts and once with polymoe's, step by step in turn: byte by byte on examples/data/kjv.txt, in float32, a few minutes
+on two cores.
 
     python examples/train_tiny_moe.py [--steps 120] [--out train_tiny_moe.png]
 
@@ -128,32 +129,50 @@ def loss_of(model: DeepseekV4ForCausalLM, batch: Tensor) -> Tensor:
     return torch.nn.functional.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten())
 
 
-def train(model: DeepseekV4ForCausalLM, implementation: str, options: Options) -> Run:
-    run = Run()
-    model.set_experts_implementation(implementation)
-    train_text, held_out = read_text()
-    balancer = Balancer(model, options.gamma)
-    optimiser = torch.optim.AdamW(model.parameters(), lr=2e-3, betas=(0.9, 0.95), weight_decay=0.01)
-    warmup = max(1, options.steps // 10)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda step: min(1.0, (step + 1) / warmup))
-    model.train()
-    for step, batch in enumerate(batches(train_text, options, options.steps, options.seed), 1):
+class Training:
+    """One model, the implementation of its experts, and how the training went."""
+
+    def __init__(self, model: DeepseekV4ForCausalLM, implementation: str, options: Options) -> None:
+        self.model, self.implementation, self.run = model, implementation, Run()
+        model.set_experts_implementation(implementation)
+        self.balancer = Balancer(model, options.gamma)
+        self.optimiser = torch.optim.AdamW(model.parameters(), lr=2e-3, betas=(0.9, 0.95), weight_decay=0.01)
+        warmup = max(1, options.steps // 10)
+        rate = torch.optim.lr_scheduler.LambdaLR
+        self.schedule = rate(self.optimiser, lambda step: min(1.0, (step + 1) / warmup))
+        model.train()
+
+    def step(self, batch: Tensor) -> None:
         start = time.perf_counter()
-        loss = loss_of(model, batch)
-        optimiser.zero_grad()
+        loss = loss_of(self.model, batch)
+        self.optimiser.zero_grad()
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimiser.step()
-        schedule.step()
-        run.loads.append(balancer.step())
-        run.seconds.append(time.perf_counter() - start)
-        run.losses.append(loss.item())
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        self.optimiser.step()
+        self.schedule.step()
+        self.run.loads.append(self.balancer.step())
+        self.run.seconds.append(time.perf_counter() - start)
+        self.run.losses.append(loss.item())
+
+    def __str__(self) -> str:
+        return f"{self.implementation} {self.run.losses[-1]:.4f}, {self.run.seconds[-1]:.2f} s"
+
+
+def train(models: dict[str, DeepseekV4ForCausalLM], options: Options) -> dict[str, Run]:
+    """By implementation of the experts. They take turns, step by step: so both meet the same load of the machine."""
+    train_text, held_out = read_text()
+    trainings = [Training(model, implementation, options) for implementation, model in models.items()]
+    for step, batch in enumerate(batches(train_text, options, options.steps, options.seed), 1):
+        for training in trainings:
+            training.step(batch)
         if step % 20 == 0 or step == options.steps:
-            print(f"{implementation:8} step {step:4}: loss {run.losses[-1]:.4f}, {run.seconds[-1]:.2f} s", flush=True)
-    model.eval()
-    with torch.no_grad():
-        run.held_out = statistics.mean(loss_of(model, b).item() for b in batches(held_out, options, 4, options.seed))
-    return run
+            print(f"step {step:4}: loss", "; ".join(map(str, trainings)), flush=True)
+    for training in trainings:
+        training.model.eval()
+        with torch.no_grad():
+            losses = [loss_of(training.model, batch).item() for batch in batches(held_out, options, 4, options.seed)]
+        training.run.held_out = statistics.mean(losses)
+    return {training.implementation: training.run for training in trainings}
 
 
 def draw(runs: dict[str, Run], options: Options) -> bool:
@@ -195,7 +214,7 @@ def parse() -> Options:
 
 def main() -> int:
     options = parse()
-    runs = {implementation: train(make_model(options), implementation, options) for implementation in IMPLEMENTATIONS}
+    runs = train({implementation: make_model(options) for implementation in IMPLEMENTATIONS}, options)
     tokens = options.batch * options.length
     print("\n| experts | tokens/s | last loss | held-out loss | busiest expert over the mean: first quarter, last |")
     print("|---|---|---|---|---|")
