@@ -94,16 +94,24 @@ void write_sums(const Block& block, const char* sums, int64_t stride, int64_t co
   }
 }
 
+// Bytes between the sums of two rows: a power of two apart, they would fall into few sets of the caches.
+constexpr int64_t kApart = 64;
+
 // Computes one problem's block of rows after the other, keeping what two consecutive tasks share.
 class Worker {
  public:
   Worker(const LevelTable& table, const Types& types)
       : table_(table), gemm_(gemm_kernel(table, types.multiplied(), types.in)), types_(types) {}
 
-  // A copy of columns pays by long rows of memory.
-  static int64_t target_columns(const Types& types) { return types.copies_panels ? 512 : 192; }
+  // A copy of columns pays by long rows of memory; after a short reduction it is the sums of a row group that the L1
+  // cache should hold.
+  static int64_t target_columns(const Types& types, int64_t d) {
+    return types.copies_panels ? d <= kShort ? 256 : 512 : 192;
+  }
+  // Columns are copied, and pass over all rows, a slice of the reduction at a time.
   static int64_t rows_of_block(const LevelTable& table, const Types& types, int64_t d) {
-    return block_rows(Panel::row_bytes(gemm_kernel(table, types.multiplied(), types.in), d), cache_sizes().l2);
+    const int64_t resident = types.copies_panels ? std::min(d, kSlice) : d;
+    return block_rows(Panel::row_bytes(gemm_kernel(table, types.multiplied(), types.in), resident), cache_sizes().l2);
   }
 
   // `next`: the first weight of the call that will follow, or null.
@@ -113,15 +121,16 @@ class Worker {
     pack(block);
     if (types_.copies_panels && p.d <= kShort) return run_short(block, column, columns);
     const int64_t size = accumulator_size(types_.in);
-    char* const sums = scratch(Scratch::accumulators, block.rows * columns * size);
+    const int64_t stride = columns + kApart / size;
+    char* const sums = scratch(Scratch::accumulators, block.rows * stride * size);
     if (types_.copies_panels) {
       const Operand w = p.w.at(column);
       char* const workspace = scratch(Scratch::weights, gemm_.column_workspace(p.d));
-      gemm_.multiply_columns(panel_, block.rows, w.data, w.d_stride, columns, p.d, workspace, sums, columns);
+      gemm_.multiply_columns(panel_, block.rows, w.data, w.d_stride, columns, p.d, workspace, sums, stride);
     } else {
-      gemm_.multiply(panel_, block.rows, weights(p, column, columns, next), columns, p.d, sums, columns);
+      gemm_.multiply(panel_, block.rows, weights(p, column, columns, next), columns, p.d, sums, stride);
     }
-    write_sums(block, sums, columns, column, columns, types_, table_);
+    write_sums(block, sums, stride, column, columns, types_, table_);
   }
 
   // Null where the weights are copied before they are multiplied.
@@ -146,9 +155,10 @@ class Worker {
     const RowGroups groups(block.rows, gemm_.max_rows);
     for (int64_t group = 0; group < groups.count; ++group) {
       const int64_t first = groups.first_row(group), rows = groups.rows(group);
-      char* const sums = scratch(Scratch::accumulators, rows * columns * size);
-      gemm_.multiply(panel_ + first * row_bytes, rows, panels, columns, p.d, sums, columns);
-      write_sums({&p, block.begin + first, rows}, sums, columns, column, columns, types_, table_);
+      const int64_t stride = columns + kApart / size;
+      char* const sums = scratch(Scratch::accumulators, rows * stride * size);
+      gemm_.multiply(panel_ + first * row_bytes, rows, panels, columns, p.d, sums, stride);
+      write_sums({&p, block.begin + first, rows}, sums, stride, column, columns, types_, table_);
     }
   }
 
@@ -206,12 +216,10 @@ class ColumnWorker {
 
   // Rows of the result are long, so that they are written page by page, and W is read in long rows as well.
   static constexpr int64_t kTargetColumns = 2048;
-  static int64_t target_columns(const Types&) { return kTargetColumns; }
-  static int64_t rows_of_block(const LevelTable&, const Types& types, int64_t d) {
-    // A short reduction is soon done: then it is the sums that should stay in the cache until they are rounded.
-    constexpr int64_t kShort = 128;
-    const int64_t size = accumulator_size(types.in);
-    return block_rows(std::max(d, d <= kShort ? kTargetColumns : 0) * size, cache_sizes().l2);
+  static int64_t target_columns(const Types&, int64_t) { return kTargetColumns; }
+  // The reduction goes over all rows block by block, so it is the sums that the cache should hold.
+  static int64_t rows_of_block(const LevelTable&, const Types& types, int64_t) {
+    return block_rows(kTargetColumns * accumulator_size(types.in), cache_sizes().l2);
   }
 
   const char* first_weight(const Problem&, int64_t) const { return nullptr; }
@@ -271,7 +279,8 @@ void run(const std::vector<Problem>& problems, const Types& types) {
     }
   }
   constexpr int64_t kUnit = kPanel;
-  const int64_t columns = task_columns(width, kUnit, Worker::target_columns(types), int64_t(blocks.size()), threads);
+  const int64_t columns =
+      task_columns(width, kUnit, Worker::target_columns(types, depth), int64_t(blocks.size()), threads);
   std::vector<int64_t> first_task;  // of each block
   int64_t tasks = 0;
   for (const Block& block : blocks) {

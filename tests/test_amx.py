@@ -37,6 +37,23 @@ def test_weights_give_the_same_bits_however_they_lie(M: int, seed: int) -> None:
                 assert ((plain - exact).abs() <= D * EPSILON * magnitude).all(), (N, D)
 
 
+@pytest.mark.parametrize("D", [2500, 4200])
+def test_columns_of_weights_in_slices_of_the_reduction(D: int, seed: int) -> None:
+    """As many rows as the L2 cache does not hold, and few of them alone, with several blocks of columns."""
+    generator = torch.Generator().manual_seed(seed)
+    a = torch.randn(250, D, generator=generator).bfloat16()
+    w = torch.randn(1, 300, D, generator=generator).bfloat16()
+    columns, bits = w.mT.contiguous(), {}
+    with polymoe.force_isa_level("amx"):
+        for M in (3, 40, 250):
+            ends = torch.tensor([M], dtype=torch.int32)
+            plain = polymoe.grouped_mm(a[:M], w.mT, ends, out_dtype=torch.float32)
+            bits[M] = polymoe.grouped_mm(a[:M], columns, ends, out_dtype=torch.float32)
+            assert torch.equal(plain, bits[M])
+    assert torch.equal(bits[3], bits[250][:3])
+    assert torch.equal(bits[40], bits[250][:40])
+
+
 def test_it_is_not_the_level_below(seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     a = torch.randn(64, 4096, generator=generator).bfloat16()
