@@ -4,6 +4,9 @@ import pytest
 import torch
 
 import polymoe
+from polymoe.ops.activate import activate_backward
+from polymoe.ops.down_backward import down_backward
+from polymoe.ops.grouped_mm_gradient import grouped_mm_dx
 from polymoe.testing.cases import Random, name_of, routing
 from polymoe.testing.conformance import gradients
 from polymoe.testing.conformance._run import threads
@@ -51,3 +54,20 @@ def test_the_same_bits_at_any_thread_count_and_in_any_batch(seed):
     few = random.permutation(T)[:7]
     for got, expected in zip(everything(few), found[0], strict=True):
         assert_same_bits(got, expected[few], "another batch")
+
+
+@pytest.mark.parametrize("grad", [False, True])
+def test_down_backward_is_composed_of_ops_of_its_backend(grad, seed):
+    """Without a gradient to record as well, as it is in every backward."""
+    torch.manual_seed(seed)
+    T, H, I, E, K = 33, 512, 160, 4, 2
+    offsets, row_slot, slot_row = polymoe.plan(torch.randint(0, E, (T, K)), E)
+    rows, down, pre = torch.randn(T * K, H), torch.randn(E, H, I), torch.randn(T * K, 2 * I)
+    weights, ends = torch.rand(T, K), offsets[1:]
+    act = ("swiglu", None, None, False)
+    with torch.set_grad_enabled(grad):
+        found = down_backward(rows, down, pre, ends, row_slot, slot_row, *act, weights, False, True, backend="cpu")
+        d_activation = grouped_mm_dx(rows, down.mT, ends, torch.float32, backend="cpu")
+        d_pre, d_weights = activate_backward(pre, d_activation, *act, row_slot, weights, True, backend="cpu")
+    assert torch.equal(found[0], d_pre)
+    assert torch.equal(found[2], d_weights)

@@ -114,9 +114,9 @@ def define_op(
             args = args[:required]
         # The autograd kernel is Python and costs microseconds: step below it where there is no gradient to record. For
         # CPU tensors C++ does that (csrc/autograd.cpp), and without a gradient that has to know it the backend need not
-        # be named: it is the default.
+        # be named: it is the default, but for ops that a backend composes of others.
         recording = torch.is_grad_enabled()
-        if backend == "cpu" and not recording:
+        if backend == "cpu" and not recording and specs is not GRADIENT_OPS:
             return run(*args)
         if backend == "cpu" or (recording and torch._C._any_requires_grad(*args)):
             return op(*args, backend=backend)
