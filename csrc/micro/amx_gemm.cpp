@@ -47,7 +47,7 @@ struct Ahead {
   const char* at[kMaxRows];
   int count = 0;
 
-  void operator()(int64_t step, int64_t) const {
+  void operator()(int64_t step) const {
     for (int i = 0; i < count; ++i) __builtin_prefetch(at[i] + step * kLine, 0, 2);
   }
 };
@@ -97,7 +97,7 @@ void multiply_tiles(const Side& a, const Side& b, int64_t steps, bool add, const
         each<NB>([&](auto j) { dot(i, j); });
       });
     }
-    ahead(s, steps);
+    ahead(s);
   }
   each<NA * NB>([&](auto i) { tile_store<i.value>(c.tile[i.value], c.stride); });
 }
@@ -121,24 +121,6 @@ struct Rows {
 // ---- Packed weights ----
 
 constexpr int64_t kPanelStep = kPanel * kStep * int64_t(sizeof(bf16));  // bytes of a step of a full panel
-
-// Panels that are asked for while others are multiplied: those themselves, some steps further on, and past their end
-// the ones that come next.
-struct PanelsAhead {
-  static constexpr int64_t kSteps = 6;
-  const char *now[2], *next[2];
-  int count = 0;
-
-  void add(const char* panel, const char* after) { now[count] = panel, next[count++] = after; }
-
-  void operator()(int64_t step, int64_t steps) const {
-    const int64_t wanted = step + kSteps;
-    for (int i = 0; i < count; ++i) {
-      const char* const from = wanted < steps ? now[i] + wanted * kPanelStep : next[i] + (wanted - steps) * kPanelStep;
-      for (int64_t line = 0; line < kPanelStep; line += kLine) __builtin_prefetch(from + line, 0, 2);
-    }
-  }
-};
 
 // `steps` steps, from step `begin` of the rows of A on, of one or two panels; `c` points to the group's sums.
 template <class Fetch>
@@ -180,7 +162,7 @@ void expand_tail(const char* tail, int64_t columns, int64_t left, char* out) {
   for (int64_t j = 0; j < columns; ++j) __builtin_memcpy(out + left / 2 * 2 * kLine + j * 4, odd + j * 2, 2);
 }
 
-void multiply_full_panels(const Rows& rows, const char* weights, int64_t panels, int64_t column, const char* after,
+void multiply_full_panels(const Rows& rows, const char* weights, int64_t panels, int64_t column,
                           Configured& configured) {
   const int64_t panel_bytes = kPanel * rows.d * int64_t(sizeof(bf16));
   const int64_t whole = rows.d / kStep, per_strip = rows.small() ? 2 : 1;
@@ -190,19 +172,9 @@ void multiply_full_panels(const Rows& rows, const char* weights, int64_t panels,
       const int count = int(panels - p < per_strip ? panels - p : per_strip);
       const char* panel[2];
       for (int i = 0; i < count; ++i) panel[i] = find(weights + (p + i) * panel_bytes, i);
-      PanelsAhead ahead;
-      // With more row groups the L2 cache has the panels, and the hardware fetches them.
-      if (rows.groups.count == 1 && steps >= PanelsAhead::kSteps)
-        for (int i = 0; i < count; ++i) {
-          const int64_t next = p + count + i;
-          const char* const follows = next < panels ? weights + next * panel_bytes
-                                      : after       ? after + i * panel_bytes
-                                                    : panel[i];
-          ahead.add(panel[i], follows);
-        }
       for (int64_t group = 0; group < rows.groups.count; ++group)
         multiply_panels(rows, group, panel, count, begin, steps, rows.sums(group) + column + p * kPanel, rows.ldc,
-                        configured, ahead);
+                        configured, Ahead{});
     }
   };
   // A block along the reduction passes over all strips before the next one: its slice of A stays in the L2 cache.
@@ -236,17 +208,17 @@ void multiply_full_panels(const Rows& rows, const char* weights, int64_t panels,
         for (int64_t i = 0; i < count; ++i)
           __builtin_memcpy(sums + i * kPanel, c + i * rows.ldc, size_t(columns) * sizeof(float));
       const char* const panel = full;
-      multiply_panels(rows, group, &panel, 1, begin, steps, sums, kPanel, configured, PanelsAhead{});
+      multiply_panels(rows, group, &panel, 1, begin, steps, sums, kPanel, configured, Ahead{});
       for (int64_t i = 0; i < count; ++i)
         __builtin_memcpy(c + i * rows.ldc, sums + i * kPanel, size_t(columns) * sizeof(float));
     }
   }
 }
 
-void multiply_run(const Rows& rows, const char* weights, int64_t n, int64_t left, int64_t column, const char* after,
+void multiply_run(const Rows& rows, const char* weights, int64_t n, int64_t left, int64_t column,
                   Configured& configured) {
   const int64_t most = left / kPanel * kPanel, full = n < most ? n : most;
-  if (full > 0) multiply_full_panels(rows, weights, full / kPanel, column, n > full ? nullptr : after, configured);
+  if (full > 0) multiply_full_panels(rows, weights, full / kPanel, column, configured);
   if (n > full)
     multiply_short_panel(rows, weights + full * rows.d * int64_t(sizeof(bf16)), n - full, column + full, configured);
 }
@@ -264,8 +236,8 @@ void multiply_packed(const char* a, int64_t m, const Weights& w, int64_t n, int6
   if (trivial(rows, m, n)) return;
   Configured configured;
   const int64_t first = n < w.split ? n : w.split;
-  multiply_run(rows, w.first, first, w.left, 0, first < n ? w.second : w.next, configured);
-  if (first < n) multiply_run(rows, w.second, n - first, w.left, first, w.next, configured);
+  multiply_run(rows, w.first, first, w.left, 0, configured);
+  if (first < n) multiply_run(rows, w.second, n - first, w.left, first, configured);
 }
 
 // A step of a row is a row of a tile.
@@ -362,7 +334,7 @@ struct ColumnsAhead {
   int count = 0;
   int64_t stride;
 
-  void operator()(int64_t step, int64_t) const {
+  void operator()(int64_t step) const {
     for (int i = 0; i < count; ++i) __builtin_prefetch(at[i] + step * stride, 0, 2);
   }
 };
