@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -9,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from polymoe import ops
-from polymoe.testing.tolerances import FUNCTION_ERRORS, unit_roundoff
+from polymoe.integrations.transformers import experts_forward
+from polymoe.testing.tolerances import FUNCTION_ERRORS, relative_frobenius, unit_roundoff
 
 HIDDEN, INTERMEDIATE, EXPERTS = 64, 48, 8
 
@@ -42,6 +44,13 @@ def float32_bound(layers: int = 1) -> float:
     return layers * (HIDDEN + INTERMEDIATE + EXPERTS + 2 * FUNCTION_ERRORS) * unit_roundoff(torch.float32)
 
 
+def assert_right(module: nn.Module, *inputs: Tensor) -> Tensor:
+    """The result, close to the module's own code in float64."""
+    ours = experts_forward(module, *inputs)
+    assert relative_frobenius(ours, float64_experts(module, *inputs)) <= float32_bound()
+    return ours
+
+
 def watch_experts(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Grows with every call of polymoe.experts, by the number of different experts it hit."""
     calls: list[int] = []
@@ -55,6 +64,22 @@ def watch_experts(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
     monkeypatch.setattr(ops, "experts", watched)
     return calls
+
+
+def config(implementation: str = "polymoe") -> SimpleNamespace:
+    """What experts classes of Transformers read from their model's config."""
+    return SimpleNamespace(
+        num_local_experts=EXPERTS,
+        n_routed_experts=EXPERTS,
+        hidden_size=HIDDEN,
+        intermediate_size=INTERMEDIATE,
+        moe_intermediate_size=INTERMEDIATE,
+        hidden_act="silu",
+        swiglu_limit=0.5,
+        mlp_gate_softcap=1.5,
+        mlp_up_softcap=0.8,
+        _experts_implementation=implementation,
+    )
 
 
 def fill(module: nn.Module) -> nn.Module:
