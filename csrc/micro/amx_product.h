@@ -1,0 +1,189 @@
+// Products of bf16 on AMX tiles: what every format of the weights shares. A step is 32 elements of the reduction, one
+// tile instruction.
+//
+// An element of C is one chain of additions over the steps in ascending order, in memory between two blocks, and within
+// a step the instruction sums even and odd elements apart. Neither depends on how tiles lie, nor on which operand the
+// weights are: packed weights are the right one, whose tiles hold pairs of elements side by side, and rows of weights
+// are the left one, which gives C transposed. So both give the same bits.
+#pragma once
+
+#include "gemm_kernel.h"
+#include "simd.h"
+#include "tiles.h"
+
+namespace polymoe::POLYMOE_LEVEL {
+namespace {
+
+constexpr int kStep = 32, kTileRows = 16;
+constexpr int kMaxRows = 2 * kTileRows;
+constexpr int64_t kLine = 64;
+
+// Steps after which the next row group takes its turn with the same weights, which the L2 cache holds until then. In
+// shorter blocks the sums would go to memory and back too often.
+constexpr int64_t kBlockSteps = 64;
+
+inline int64_t steps_of(int64_t d) { return (d + kStep - 1) / kStep; }
+
+// The rows of a group in tiles: as one, or as two even ones.
+struct Halves {
+  int count[2];
+  explicit Halves(int rows) : count{rows <= kTileRows ? rows : (rows + 1) / 2, rows <= kTileRows ? 0 : rows / 2} {}
+  int tiles() const { return count[1] ? 2 : 1; }
+};
+
+// An operand of a product of tiles: where the first ones lie, bytes from a tile's row to the next, and bytes from a
+// step to the next.
+struct Side {
+  const char* tile[4];
+  int64_t stride[4], step;
+};
+struct Sums {
+  float* tile[4];
+  int64_t stride;  // bytes
+};
+
+// The shape of the tile registers as they are.
+struct Configured {
+  TileShape shape{};
+  int na = 0, nb = 0;
+
+  ~Configured() { _tile_release(); }
+
+  template <int NA, int NB>
+  void become(const TileShape& wanted) {
+    if (na == NA && nb == NB && shape == wanted) return;
+    configure<NA, NB>(wanted);
+    shape = wanted, na = NA, nb = NB;
+  }
+};
+
+// `meanwhile(s)`: what there is to do while the tiles of step s are multiplied.
+struct Nothing {
+  void operator()(int64_t) const {}
+};
+template <int NA, int NB, class Meanwhile>
+[[gnu::always_inline]] inline void multiply_tiles(const Side& a, const Side& b, int64_t steps, bool add, const Sums& c,
+                                                  Meanwhile&& meanwhile) {
+  using T = TileNumbers<NA, NB>;
+  each<NA>([&](auto i) {
+    each<NB>([&](auto j) {
+      constexpr int tile = T::c(i.value, j.value);
+      if (add)
+        tile_load<tile>(c.tile[tile], c.stride);
+      else
+        tile_zero<tile>();
+    });
+  });
+  int64_t at_a = 0, at_b = 0;
+  for (int64_t s = 0; s < steps; ++s, at_a += a.step, at_b += b.step) {
+    const auto load_a = [&](auto i) { tile_load<T::a(i.value)>(a.tile[i.value] + at_a, a.stride[i.value]); };
+    const auto load_b = [&](auto j) { tile_load<T::b(j.value)>(b.tile[j.value] + at_b, b.stride[j.value]); };
+    const auto dot = [&](auto i, auto j) { tile_dot_bf16<T::c(i.value, j.value), T::a(i.value), T::b(j.value)>(); };
+    if constexpr (T::keeps_a) {
+      each<NA>(load_a);
+      each<NB>([&](auto j) {
+        load_b(j);
+        each<NA>([&](auto i) { dot(i, j); });
+      });
+    } else {
+      each<NB>(load_b);
+      each<NA>([&](auto i) {
+        load_a(i);
+        each<NB>([&](auto j) { dot(i, j); });
+      });
+    }
+    meanwhile(s);
+  }
+  each<NA * NB>([&](auto i) { tile_store<i.value>(c.tile[i.value], c.stride); });
+}
+
+// Packed rows of A, and what they are multiplied into.
+struct Rows {
+  const char* a;
+  RowGroups groups;
+  int64_t d;
+  float* c;
+  int64_t ldc;
+
+  int64_t steps() const { return steps_of(d); }
+  const char* at(int64_t group, int64_t step) const {
+    return a + (groups.first_row(group) * steps() + step * groups.rows(group)) * kLine;
+  }
+  float* sums(int64_t group) const { return c + groups.first_row(group) * ldc; }
+  bool small() const { return groups.rows(0) <= kTileRows; }  // every group is one tile
+};
+
+// True if there is nothing to multiply; then C is finished.
+inline bool trivial(const Rows& rows, int64_t m, int64_t n) {
+  if (m == 0 || n == 0) return true;
+  if (rows.d > 0) return false;
+  for (int64_t i = 0; i < m; ++i) __builtin_memset(rows.c + i * rows.ldc, 0, size_t(n) * sizeof(float));
+  return true;
+}
+
+// ---- Weights as the left operand ----
+
+// The sums of a row group, transposed: up to two tiles of rows of W by one or two tiles of rows of A.
+struct Transposed {
+  alignas(64) float tile[4][kTileRows * kTileRows];
+};
+
+// Multiplies one or two tiles of `left`, rows of W, with a row group from step `begin` on. `halves`: of the group.
+template <class Meanwhile>
+[[gnu::always_inline]] inline void multiply_left(const Rows& rows, int64_t group, const Side& left, int tiles,
+                                                 int tile_rows, int64_t begin, int64_t steps, bool add,
+                                                 Transposed& sums, Configured& configured, Meanwhile&& meanwhile) {
+  const Halves halves(rows.groups.rows(group));
+  const char* const a = rows.at(group, begin);
+  const Side right{
+      {a, a + halves.count[0] * kLine}, {halves.count[0] * 4, halves.count[1] * 4}, rows.groups.rows(group) * kLine};
+  const TileShape shape{{tile_rows, tile_rows}, {halves.count[0], halves.count[1]}};
+  Sums c{{}, kTileRows * int64_t(sizeof(float))};
+  for (int i = 0; i < 4; ++i) c.tile[i] = sums.tile[i];
+  const auto run = [&](auto na, auto nb) {
+    configured.become<na.value, nb.value>(shape);
+    multiply_tiles<na.value, nb.value>(left, right, steps, add, c, meanwhile);
+  };
+  if (halves.tiles() == 2)
+    tiles == 2 ? run(Index<2>{}, Index<2>{}) : run(Index<1>{}, Index<2>{});
+  else
+    tiles == 2 ? run(Index<2>{}, Index<1>{}) : run(Index<1>{}, Index<1>{});
+}
+
+// Writes a group's sums with `count` rows of W to columns `column` of C on.
+inline void store_transposed(const Rows& rows, int64_t group, int64_t count, const Transposed& sums, int64_t column) {
+  const Halves halves(rows.groups.rows(group));
+  for (int64_t i = 0; i * kTileRows < count; ++i)
+    for (int j = 0; j < halves.tiles(); ++j) {
+      VF v[kTileRows];
+      for (int r = 0; r < kTileRows; ++r) v[r] = load<VF>(sums.tile[i * halves.tiles() + j] + r * kTileRows);
+      transpose(v);
+      float* const c = rows.sums(group) + j * halves.count[0] * rows.ldc + column + i * kTileRows;
+      const int64_t left = count - i * kTileRows;
+      for (int r = 0; r < halves.count[j]; ++r)
+        store_n(c + r * rows.ldc, v[r], left < kTileRows ? int(left) : kTileRows);
+    }
+}
+
+// Packs A as the right operand: a row of a tile has the same pair of every row of A.
+inline void pack_right(const char* const* rows, int64_t count, int64_t d, char* out) {
+  const Halves halves{int(count)};
+  for (int64_t s = 0; s < steps_of(d); ++s)
+    for (int half = 0, first = 0; half < halves.tiles(); first += halves.count[half++]) {
+      const int64_t left = d - s * kStep;
+      VF v[kTileRows];
+      for (int r = 0; r < kTileRows; ++r) {
+        alignas(64) char line[kLine] = {};
+        if (r < halves.count[half])
+          __builtin_memcpy(line, rows[first + r] + s * kLine, size_t(left < kStep ? left : kStep) * sizeof(bf16));
+        v[r] = load<VF>(reinterpret_cast<const float*>(line));
+      }
+      transpose(v);
+      float* const tile = reinterpret_cast<float*>(out + (s * count + first) * kLine);
+      for (int pair = 0; pair < kTileRows; ++pair)
+        store_n(tile + pair * halves.count[half], v[pair], halves.count[half]);
+    }
+}
+
+}  // namespace
+}  // namespace polymoe::POLYMOE_LEVEL
