@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.autograd import gradcheck
 from torch.utils.checkpoint import checkpoint
 
@@ -29,15 +30,22 @@ def backend(request: pytest.FixtureRequest) -> str:
 
 
 class Inputs:
-    """Float64 inputs that want gradients."""
+    """Float64 inputs that want gradients, slots that skip, and an expert without rows."""
 
     def __init__(self, seed: int) -> None:
         self.random = Random(seed)
-        self.ids = routing(self.random, "skipping", T, K, E)
+        ids = routing(self.random, "skipping", T, K, E)
+        self.ids = ids.masked_fill(ids == 1, 2)
         self.plan = polymoe.plan(self.ids, E)
 
     def normal(self, *shape: int) -> Tensor:
         return self.random.normal(*shape, dtype=torch.float64).requires_grad_()
+
+
+def has_slopes(h: Tensor, limit: float | None) -> Tensor:
+    """Which pre-activations are far enough from where an activation has no slope for finite differences."""
+    kinks = (h, torch.nn.functional.silu(h)) if limit is not None else (h,)
+    return torch.stack([((part.abs() - at).abs() > 1e-4) for part in kinks for at in {0.0, limit or 0.0}]).all(0)
 
 
 # --- against finite differences -------------------------------------------------------------------------------------
@@ -72,6 +80,8 @@ def test_activate(kind: tuple[str, Any, Any], interleaved: bool, backend: str, s
         pytest.skip("it has no gate")
     made = Inputs(seed)
     h, weights = made.normal(S, I if ungated else 2 * I), made.normal(T, K)
+    with torch.no_grad():
+        h += 1e-3 * ~has_slopes(h, limit)
 
     def call(h: Tensor, weights: Tensor) -> Tensor:
         return polymoe.activate(h, name, alpha, limit, interleaved, made.plan, weights, backend=backend)
@@ -120,10 +130,18 @@ ACTIVATIONS = {
 def test_experts(placement: str, activation: str, transposed: bool, backend: str, seed: int) -> None:
     made = Inputs(seed)
     P = I if activation == "relu2" else 2 * I
-    x, weights = made.normal(T, H), made.normal(T, K)
-    gate_up = made.normal(*((E, H, P) if transposed else (E, P, H)))
-    down = made.normal(*((E, I, H) if transposed else (E, H, I)))
-    biases = made.normal(E, P), made.normal(E, H)
+    for _ in range(20):
+        x, weights = made.normal(T, H), made.normal(T, K)
+        gate_up = made.normal(*((E, H, P) if transposed else (E, P, H)))
+        down = made.normal(*((E, I, H) if transposed else (E, H, I)))
+        biases = made.normal(E, P), made.normal(E, H)
+        rows = x[:, None] * weights[..., None] if placement == "input" else x[:, None]
+        h = rows.flatten(0, 1) @ (gate_up if transposed else gate_up.mT)
+        limit = ACTIVATIONS[activation].get("limit")
+        if has_slopes(torch.cat([h, h + biases[0][:, None]]), limit).all() or limit is None:
+            break
+    else:
+        raise AssertionError("a pre-activation is at a limit in every draw")
     options = {"transposed": transposed, "weight_placement": placement, "backend": backend} | ACTIVATIONS[activation]
 
     def call(x: Tensor, gate_up: Tensor, down: Tensor, weights: Tensor, *biases: Tensor, **more: bool) -> Tensor:
@@ -277,6 +295,50 @@ def test_compiles_forward_and_backward_once_for_any_length(backend: str, seed: i
             torch.testing.assert_close(got, one, rtol=1e-5, atol=1e-6)
 
 
+class Composed(torch.nn.Module):
+    """A layer of single ops."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        shapes = ((E, H), (E, H, 2 * I), (E, 2 * I), (E, I, H), (E, H))
+        self.weights = torch.nn.ParameterList(torch.randn(shape) for shape in shapes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        router, gate_up, gate_up_bias, down, down_bias = self.weights
+        weights, ids = polymoe.gate(x @ router.t(), K, "sqrtsoftplus", renormalize=True)
+        p = polymoe.plan(ids, E)
+        h = polymoe.grouped_mm(polymoe.dispatch(x, p), gate_up, p.offsets[1:], gate_up_bias, torch.float32)
+        y = polymoe.grouped_mm(polymoe.activate(h, "swiglu", plan=p), down, p.offsets[1:], down_bias)
+        return polymoe.combine(y, p, weights)
+
+
+def whole_layer() -> torch.nn.Module:
+    router = polymoe.nn.Router(H, E, K, scoring="sigmoid", renormalize=True)
+    layer = polymoe.nn.MoE(router, polymoe.nn.Experts(E, H, I, bias=True), shared_intermediate_size=I)
+    for parameter in layer.parameters():
+        torch.nn.init.normal_(parameter)
+    return layer
+
+
+@pytest.mark.usefixtures("fresh_dynamo")
+@pytest.mark.parametrize("make", [Composed, whole_layer])
+def test_inductor_compiles_forward_and_backward(make: Callable[[], torch.nn.Module], seed: int) -> None:
+    """Both whole, once for all lengths, to eager's bits: beside ops and matmuls, which it calls, inductor adds only."""
+    torch.manual_seed(seed)
+    layer, graphs = make(), CompileCounterWithBackend("inductor")
+    compiled = torch.compile(layer, fullgraph=True, dynamic=True, backend=graphs)
+    counts = []
+    for tokens in (7, 11):  # no other size, which would be taken for the same one
+        x, grad = torch.randn(tokens, H, requires_grad=True), torch.randn(tokens, H)
+        named = {"x": x, **dict(layer.named_parameters())}
+        expected = torch.autograd.grad(layer(x), tuple(named.values()), grad)
+        found = torch.autograd.grad(compiled(x), tuple(named.values()), grad)
+        counts.append(graphs.frame_count)
+        for name, got, one in zip(named, found, expected, strict=True):
+            assert_same_bits(got, one, name)
+    assert counts[0] == counts[1] > 0
+
+
 def test_a_layer_checkpointed_has_the_same_gradients(seed: int) -> None:
     torch.manual_seed(seed)
     layer = polymoe.nn.MoE(polymoe.nn.Router(16, E, K), polymoe.nn.Experts(E, 16, 8))
@@ -291,10 +353,21 @@ def test_a_layer_checkpointed_has_the_same_gradients(seed: int) -> None:
 
 
 def test_a_second_derivative_is_refused(backend: str) -> None:
-    x, p = torch.randn(T, H, requires_grad=True), polymoe.plan(torch.randint(0, E, (T, K)), E)
-    (first,) = torch.autograd.grad(polymoe.dispatch(x, p, backend=backend).square().sum(), x, create_graph=True)
-    with pytest.raises(RuntimeError, match=r"polymoe\.dispatch: it has no second derivative"):
-        first.sum().backward()
+    made = Inputs(0)
+    x, y, weights, gate_up, down = (made.normal(*shape) for shape in ((T, H), (S, H), (T, K), (E, 2 * I, H), (E, H, I)))
+    logits, p, ends = made.normal(T, E), made.plan, made.plan.offsets[1:]
+    calls: dict[str, tuple[Tensor, Callable[[Tensor], Tensor]]] = {
+        "dispatch": (x, lambda x: polymoe.dispatch(x, p, backend=backend)),
+        "combine": (y, lambda y: polymoe.combine(y, p, backend=backend)),
+        "activate": (y, lambda y: polymoe.activate(y, "silu", backend=backend)),
+        "grouped_mm": (y, lambda y: polymoe.grouped_mm(y, gate_up.mT, ends, backend=backend)),
+        "gate": (logits, lambda logits: polymoe.gate(logits, K, backend=backend)[0]),
+        "experts": (x, lambda x: polymoe.experts(x, gate_up, down, weights, made.ids, backend=backend)),
+    }
+    for op, (leaf, call) in calls.items():
+        (first,) = torch.autograd.grad(call(leaf).square().sum(), leaf, create_graph=True)
+        with pytest.raises(RuntimeError, match=rf"polymoe\.{op}: it has no second derivative"):
+            first.sum().backward()
 
 
 def test_packed_weights_are_refused_where_a_gradient_is_needed() -> None:
