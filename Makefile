@@ -53,6 +53,7 @@ demo: setup ## DeepSeek-V4's experts on this CPU: Transformers' own paths agains
 	$(PY) examples/demo_deepseek_v4.py
 
 train: setup ## a small MoE language model trained twice on this CPU, with eager experts and with polymoe's
+	@$(PY) -c "import matplotlib" 2>/dev/null || $(PY) -m pip install $$(grep '^matplotlib' benchmarks/peers-needs.txt)
 	$(PY) examples/train_tiny_moe.py --out build/train_tiny_moe.png
 
 docs-transformers: setup ## write docs/transformers.md: every Transformers family, and what becomes of its experts
