@@ -35,12 +35,38 @@ constexpr int64_t kChunk = 8;
 template <class F>
 constexpr int64_t kStride = kPanel * F::step * int64_t(sizeof(typename F::Stored));
 
-// Streams to fetch ahead, and which cache lines of each chunk of them.
+// Where the cache lines that are fetched ahead with the first chunk lie in the next block, and how far on with each
+// more.
+template <class F>
+struct Lines {
+  static constexpr int count = int(kChunk * kStride<F> / 64);
+  int64_t at[count];
+  int64_t advance;
+
+  // `span` bytes of the block are fetched side by side with each other, an equal share of each with every chunk.
+  constexpr explicit Lines(int64_t span) : at{}, advance(span / (kBlockSteps<F> / kChunk)) {
+    for (int i = 0; i < count; ++i) at[i] = i * 64 / advance * span + i * 64 % advance;
+  }
+};
+
+// The hardware's own prefetch follows a stream within its page: so it runs ahead in all pages of the block, and the
+// fetches find their lines in the L2 cache instead of holding the few fill buffers of L1 until memory answers. That
+// helps one row as much as many.
+template <class F>
+constexpr Lines<F> kByPage{4096};
+// One after the other, which is better for f32 in half-panel tiles over several row groups.
+template <class F>
+constexpr Lines<F> kInOrder{kBlockSteps<F> * kStride<F>};
+
+// Blocks to fetch ahead, and which cache lines of each chunk's share of them.
 struct Fetch {
   const char* at[kMaxUnits];
   int streams;
+  const int64_t* lines;
+  int64_t advance;
   int first, last;
 };
+constexpr Fetch kNothing{{}, 0, nullptr, 0, 0, 0};
 
 template <class F, int ROWS, int UNITS>
 void tile(const typename F::Sum* a, const char* const* w, int64_t stride, int64_t steps, bool add, Fetch fetch,
@@ -57,8 +83,9 @@ void tile(const typename F::Sum* a, const char* const* w, int64_t stride, int64_
   for (int u = 0; u < UNITS; ++u) unit[u] = w[u];
   for (int64_t chunk = 0; chunk < steps; chunk += kChunk) {
     for (int i = 0; i < fetch.streams; ++i) {
-      for (int line = fetch.first; line < fetch.last; ++line) __builtin_prefetch(fetch.at[i] + line * 64, 0, 2);
-      fetch.at[i] += kChunk * stride;
+#pragma GCC unroll 1
+      for (int line = fetch.first; line < fetch.last; ++line) __builtin_prefetch(fetch.at[i] + fetch.lines[line], 0, 2);
+      fetch.at[i] += fetch.advance;
     }
     const int64_t stop = chunk + kChunk < steps ? chunk + kChunk : steps;
     for (int64_t s = chunk; s < stop; ++s) {
@@ -146,7 +173,7 @@ struct Rows {
 template <class F>
 void multiply_block(const Rows<F>& rows, const char* const* w, int units, int64_t stride, int64_t begin, int64_t steps,
                     int64_t column, const Fetch& next) {
-  constexpr int lines = int(kChunk * kStride<F> / 64);
+  constexpr int lines = Lines<F>::count;
   for (int64_t group = 0; group < rows.groups.count; ++group) {
     const int count = rows.groups.rows(group), most = kUnits[count - 1];
     const int64_t tiles = (units + most - 1) / most, all = rows.groups.count * tiles;
@@ -192,13 +219,12 @@ struct Walk {
 template <class F>
 void multiply_panels(const Rows<F>& rows, const char* panels, int64_t units, int64_t column, const char* after) {
   constexpr int64_t per_panel = kPanel / kUnit<F>, block_bytes = kBlockSteps<F> * kStride<F>;
-  // Where memory is all that such few rows wait for, the hardware's own prefetch does better.
 #if defined(POLYMOE_LEVEL_AVX2)
-  constexpr int64_t kStreamedRows = 1;
+  const bool in_order = sizeof(typename F::Stored) == 4 && rows.groups.count > 1;
 #else
-  constexpr int64_t kStreamedRows = 4;
+  constexpr bool in_order = false;
 #endif
-  const bool fetches = rows.groups.count > 1 || rows.groups.rows(0) > kStreamedRows;
+  const Lines<F>& lines = in_order ? kInOrder<F> : kByPage<F>;
   const int64_t whole = rows.d / F::step;
   // No less than a panel, whose cache lines hold all of its units.
   const int64_t most = kUnits[rows.groups.rows(0) - 1] > per_panel ? kUnits[rows.groups.rows(0) - 1] : per_panel;
@@ -211,10 +237,10 @@ void multiply_panels(const Rows<F>& rows, const char* panels, int64_t units, int
     const int64_t u0 = strips.first_row(walk.strip(i)), begin = walk.block(i) * kBlockSteps<F>;
     const int count = strips.rows(walk.strip(i));
     const char* w[kMaxUnits];
-    Fetch next{{}, 0, 0, 0};
+    Fetch next{{}, 0, lines.at, lines.advance, 0, 0};
     for (int u = 0; u < count; ++u) {
       w[u] = at(i, u);
-      if (!fetches || (u0 + u) % per_panel != 0) continue;  // the panel's first unit fetches for all of them
+      if ((u0 + u) % per_panel != 0) continue;  // the panel's first unit fetches for all of them
       if (i + 1 < walk.count())
         next.at[next.streams++] = at(i + 1, u);
       else if (after)
@@ -236,7 +262,7 @@ void multiply_panels(const Rows<F>& rows, const char* panels, int64_t units, int
                      tails[u]);
       w[u] = reinterpret_cast<const char*>(tails[u]);
     }
-    multiply_block(rows, w, count, kStride<F>, whole, 1, column + u0 * kUnit<F>, Fetch{{}, 0, 0, 0});
+    multiply_block(rows, w, count, kStride<F>, whole, 1, column + u0 * kUnit<F>, kNothing);
   }
 }
 
@@ -274,8 +300,8 @@ void multiply_short_panel(const Rows<F>& rows, const char* panel, int64_t column
             for (int i = 0; i < rows.groups.rows(group); ++i)
               __builtin_memcpy(sums + i * kUnit<F>, c + i * rows.ldc, size_t(n) * sizeof(*sums));
           const char* const block = w + at * kStride<F>;
-          tile_of<F>(rows.groups.rows(group), 1)(rows.at(group, begin + at), &block, kStride<F>, count, add,
-                                                 Fetch{{}, 0, 0, 0}, sums, kUnit<F>);
+          tile_of<F>(rows.groups.rows(group), 1)(rows.at(group, begin + at), &block, kStride<F>, count, add, kNothing,
+                                                 sums, kUnit<F>);
           for (int i = 0; i < rows.groups.rows(group); ++i)
             __builtin_memcpy(c + i * rows.ldc, sums + i * kUnit<F>, size_t(n) * sizeof(*sums));
         };

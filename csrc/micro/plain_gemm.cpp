@@ -7,19 +7,25 @@
 namespace polymoe::POLYMOE_LEVEL {
 namespace {
 
-// A lane adds at most this many partial products one after the other, which keeps f32 sums accurate.
-constexpr int64_t kBlockSteps = 128;
+// Steps that a lane adds one after the other: few enough for accurate sums, and 4 KiB of a row of W, so that a tile's
+// block of weights stays in the L1 cache while the rows of A, which are as long and may be wider, pass over it.
+template <class F>
+constexpr int64_t kBlockSteps = 4096 / (F::step * int64_t(sizeof(typename F::Stored)));
 
-// Tile shapes that fill the registers: columns for a group of 1, 2, 3, 4 rows.
+// Tile shapes that fill the registers: columns for a group of 1, 2, 3, ... rows. Widening a step of a column takes the
+// place of multiply-adds, so columns are few where rows are many; but a row whose step is two vectors takes registers.
 #if defined(POLYMOE_LEVEL_AVX512) || defined(POLYMOE_LEVEL_AVX512_BF16)
-constexpr int kMaxRows = 4;
-constexpr int kColumns[kMaxRows] = {8, 8, 8, 6};
+template <class F>
+constexpr int kMaxRows = sizeof(typename F::X) > sizeof(typename F::V) ? 4 : 6;
+constexpr int kColumns[] = {8, 8, 8, 6, 5, 4};
 #elif defined(POLYMOE_LEVEL_AVX2)
+template <class F>
 constexpr int kMaxRows = 4;
-constexpr int kColumns[kMaxRows] = {8, 5, 4, 3};
+constexpr int kColumns[] = {8, 5, 4, 3};
 #else
+template <class F>
 constexpr int kMaxRows = 2;
-constexpr int kColumns[kMaxRows] = {2, 2};
+constexpr int kColumns[] = {2, 2};
 #endif
 constexpr int kMaxColumns = 8;
 
@@ -48,12 +54,12 @@ void tile(const char* a, const char* const* w, const Steps& steps, typename F::S
   for (int64_t s = steps.begin; s < steps.end; ++s) {
     for (int i = 0; i < next.count; ++i) __builtin_prefetch(next.row[i] + s * w_bytes, 0, 2);
     typename F::X x[ROWS];
-#pragma GCC unroll 4
+#pragma GCC unroll 8
     for (int i = 0; i < ROWS; ++i) x[i] = F::load_x(a + (s * ROWS + i) * x_bytes);
 #pragma GCC unroll 8
     for (int j = 0; j < COLUMNS; ++j) {
       const typename F::X wj = F::load_w(w[j] + s * w_bytes);
-#pragma GCC unroll 4
+#pragma GCC unroll 8
       for (int i = 0; i < ROWS; ++i) acc[i * COLUMNS + j] = F::multiply_add(acc[i * COLUMNS + j], x[i], wj);
     }
   }
@@ -63,7 +69,7 @@ void tile(const char* a, const char* const* w, const Steps& steps, typename F::S
       char last[w_bytes] = {};
       __builtin_memcpy(last, w[j] + steps.end * w_bytes, size_t(steps.tail) * sizeof(typename F::Stored));
       const typename F::X wj = F::load_w(last);
-#pragma GCC unroll 4
+#pragma GCC unroll 8
       for (int i = 0; i < ROWS; ++i)
         acc[i * COLUMNS + j] =
             F::multiply_add(acc[i * COLUMNS + j], F::load_x(a + (steps.end * ROWS + i) * x_bytes), wj);
@@ -87,26 +93,14 @@ using Tile = void (*)(const char*, const char* const*, const Steps&, typename F:
 template <class F, int ROWS, int COLUMNS>
 constexpr Tile<F> tile_or_1 = tile<F, ROWS, (COLUMNS <= kColumns[ROWS - 1] ? COLUMNS : 1)>;
 
-template <class F, int ROWS>
-Tile<F> tile_of(int columns) {
+template <class F, int ROWS = 1>
+Tile<F> tile_of(int rows, int columns) {
+  if constexpr (ROWS < kMaxRows<F>)
+    if (rows > ROWS) return tile_of<F, ROWS + 1>(rows, columns);
   static constexpr Tile<F> tiles[kMaxColumns] = {tile_or_1<F, ROWS, 1>, tile_or_1<F, ROWS, 2>, tile_or_1<F, ROWS, 3>,
                                                  tile_or_1<F, ROWS, 4>, tile_or_1<F, ROWS, 5>, tile_or_1<F, ROWS, 6>,
                                                  tile_or_1<F, ROWS, 7>, tile_or_1<F, ROWS, 8>};
   return tiles[columns - 1];
-}
-
-template <class F>
-Tile<F> tile_of(int rows, int columns) {
-  switch (rows) {
-    case 1:
-      return tile_of<F, 1>(columns);
-    case 2:
-      return tile_of<F, 2>(columns);
-    case 3:
-      return tile_of<F, (kMaxRows >= 3 ? 3 : 1)>(columns);
-    default:
-      return tile_of<F, (kMaxRows >= 4 ? 4 : 1)>(columns);
-  }
 }
 
 const char* weight_row(const Weights& w, int64_t j) {
@@ -115,7 +109,7 @@ const char* weight_row(const Weights& w, int64_t j) {
 
 template <class F>
 void multiply(const char* a, int64_t m, const Weights& w, int64_t n, int64_t d, void* c, int64_t ldc) {
-  const RowGroups groups(m, kMaxRows);
+  const RowGroups groups(m, kMaxRows<F>);
   if (groups.count == 0 || n == 0) return;
   const int64_t all = (d + F::step - 1) / F::step;
   const int64_t row_bytes = all * F::step * int64_t(sizeof(typename F::Packed));
@@ -128,9 +122,9 @@ void multiply(const char* a, int64_t m, const Weights& w, int64_t n, int64_t d, 
     const char* rows[kMaxColumns];
     for (int j = 0; j < columns; ++j) rows[j] = weight_row(w, j0 + j);
     // Blocks outside the row groups, so that a block of these weights stays in the L1 cache for all of them.
-    for (int64_t begin = 0; begin == 0 || begin < all; begin += kBlockSteps) {
-      const bool finish = begin + kBlockSteps >= all;
-      const Steps steps{begin, finish ? d / F::step : begin + kBlockSteps, finish ? int(d % F::step) : 0};
+    for (int64_t begin = 0; begin == 0 || begin < all; begin += kBlockSteps<F>) {
+      const bool finish = begin + kBlockSteps<F> >= all;
+      const Steps steps{begin, finish ? d / F::step : begin + kBlockSteps<F>, finish ? int(d % F::step) : 0};
       for (int64_t group = 0; group < groups.count; ++group) {
         Prefetch next{{}, 0};
         const int64_t stop = (group + 1) * ahead / groups.count;
@@ -159,7 +153,7 @@ void pack_rows(const char* const* rows, int64_t count, int64_t d, char* out) {
 }
 
 template <class F>
-constexpr GemmKernel kernel = {F::step, sizeof(typename F::Packed), kMaxRows, 1, pack_rows<F>, multiply<F>, nullptr};
+constexpr GemmKernel kernel = {F::step, sizeof(typename F::Packed), kMaxRows<F>, 1, pack_rows<F>, multiply<F>, nullptr};
 
 }  // namespace
 
