@@ -203,6 +203,68 @@ def _activate_and_store(
     tl.store(place, result.to(out.dtype.element_ty), mask=row_ok[:, None] & (columns < I)[None, :])
 
 
+@triton.jit
+def finish(
+    sum,
+    out,
+    bias,
+    pre_activation,
+    weights,
+    group,
+    row,
+    row_ok,
+    slot,
+    used,
+    unit,
+    column,
+    column_ok,
+    P,
+    I,
+    alpha,
+    limit,
+    stride_bias_n,
+    stride_weights_t,
+    stride_weights_k,
+    weights_K,
+    KIND: tl.constexpr,
+    GATED: tl.constexpr,
+    HALVES: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    UNITS: tl.constexpr,
+):
+    """Adds the bias [P] to a tile of products, stores it to pre_activation [S, P], and its activation, UNITS columns
+    from `unit` on, to out [S, I]. Padding has a negative `group` and no bias."""
+    if bias is not None:
+        added = tl.load(
+            bias + at(column, stride_bias_n), mask=column_ok & (column < tl.where(group < 0, 0, P)), other=0.0
+        )
+        sum += added.to(tl.float32)[None, :]
+    if pre_activation is not None:
+        place = (pre_activation + at(row, P))[:, None] + column[None, :]
+        stored = row_ok[:, None] & column_ok[None, :]
+        tl.store(place, sum.to(pre_activation.dtype.element_ty), mask=stored)
+    gate = sum
+    up = sum
+    if HALVES:
+        gate, up = tl.split(sum.reshape(BLOCK_M, 2, UNITS).permute(0, 2, 1))
+    elif GATED:
+        gate, up = tl.split(sum.reshape(BLOCK_M, UNITS, 2))
+    weight = tl.full([BLOCK_M], 1.0, tl.float32)
+    if weights is not None:
+        place = at(slot // weights_K, stride_weights_t) + at(slot % weights_K, stride_weights_k)
+        weight = tl.load(weights + place, mask=used, other=0.0).to(tl.float32)
+    # One half of the columns after the other: activations need many registers.
+    gate0, gate1 = tl.split(gate.reshape(BLOCK_M, 2, UNITS // 2).permute(0, 2, 1))
+    up0, up1 = tl.split(up.reshape(BLOCK_M, 2, UNITS // 2).permute(0, 2, 1))
+    _activate_and_store(
+        out, gate0, up0, weight, row, unit, I, used, row_ok, alpha, limit, KIND, weights is not None, UNITS // 2
+    )
+    unit += UNITS // 2
+    _activate_and_store(
+        out, gate1, up1, weight, row, unit, I, used, row_ok, alpha, limit, KIND, weights is not None, UNITS // 2
+    )
+
+
 @triton.jit(do_not_specialize=["band"])
 def _gate_up(
     x,
@@ -271,6 +333,7 @@ def _gate_up(
         length = H
         if group < 0:
             length = 0
+        of = tl.maximum(group, 0)
 
         x_tile = x
         row_offsets = row_span.to(INDEX) * stride_xt
@@ -280,7 +343,7 @@ def _gate_up(
             x_tile += at(first, stride_xt)
         weight_tile = gate_up
         if not DESCRIBED_B:
-            weight_tile += at(tl.maximum(group, 0), stride_we)
+            weight_tile += at(of, stride_we)
         sum = product(
             x_tile,
             first,
@@ -288,7 +351,7 @@ def _gate_up(
             used,
             stride_xh,
             weight_tile,
-            tl.maximum(group, 0),
+            of,
             unit if HALVES else column_tile * BLOCK_N,
             column.to(INDEX) * stride_wn,
             column_ok,
@@ -306,31 +369,11 @@ def _gate_up(
             INDEX,
         )
 
+        bias_of = bias
         if bias is not None:
-            place = bias + at(tl.maximum(group, 0), stride_bias_e) + at(column, stride_bias_n)
-            added = tl.load(place, mask=column_ok & (column < tl.where(group < 0, 0, P)), other=0.0)
-            sum += added.to(tl.float32)[None, :]
-        if pre_activation is not None:
-            place = (pre_activation + at(row, P))[:, None] + column[None, :]
-            stored = row_ok[:, None] & column_ok[None, :]
-            tl.store(place, sum.to(pre_activation.dtype.element_ty), mask=stored)
-        gate = sum
-        up = sum
-        if HALVES:
-            gate, up = tl.split(sum.reshape(BLOCK_M, 2, UNITS).permute(0, 2, 1))
-        elif GATED:
-            gate, up = tl.split(sum.reshape(BLOCK_M, UNITS, 2))
-        weight = tl.full([BLOCK_M], 1.0, tl.float32)
-        if weights is not None:
-            place = at(slot // weights_K, stride_weights_t) + at(slot % weights_K, stride_weights_k)
-            weight = tl.load(weights + place, mask=used, other=0.0).to(tl.float32)
-        # One half of the columns after the other: activations need many registers.
-        gate0, gate1 = tl.split(gate.reshape(BLOCK_M, 2, UNITS // 2).permute(0, 2, 1))
-        up0, up1 = tl.split(up.reshape(BLOCK_M, 2, UNITS // 2).permute(0, 2, 1))
-        _activate_and_store(
-            out, gate0, up0, weight, row, unit, I, used, row_ok, alpha, limit, KIND, weights is not None, UNITS // 2
-        )
-        unit += UNITS // 2
-        _activate_and_store(
-            out, gate1, up1, weight, row, unit, I, used, row_ok, alpha, limit, KIND, weights is not None, UNITS // 2
-        )
+            bias_of += at(of, stride_bias_e)
+        finish(
+            sum, out, bias_of, pre_activation, weights, group, row, row_ok, slot, used, unit, column, column_ok, P, I,
+            alpha, limit, stride_bias_n, stride_weights_t, stride_weights_k, weights_K, KIND, GATED, HALVES, BLOCK_M,
+            UNITS,
+        )  # fmt: skip

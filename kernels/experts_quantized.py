@@ -8,7 +8,7 @@ from torch import Tensor
 
 from polymoe.kernels._launch import OPTIONS, extent, index_type
 from polymoe.kernels.activate import UNGATED
-from polymoe.kernels.experts import _activate_and_store
+from polymoe.kernels.experts import finish
 from polymoe.kernels.operands import strides
 from polymoe.kernels.quantized import Stored, quantized_product
 from polymoe.kernels.schedule import ENTRY, at, dealt, table_entry, tile_at
@@ -33,7 +33,7 @@ def multiply_quantized_and_activate(
 ) -> None:
     """What kernels/experts.py does with plain weights, by so many programs."""
     (_, H, P), I, gated = gate_up.shape, out.shape[1], kind not in UNGATED
-    precision = gate_up.precision(x)
+    constants, precision = gate_up.constants(x), gate_up.precision(x)
     x, row_scale = gate_up.rows(x)
     _quantized_gate_up[(programs,)](
         x,
@@ -60,7 +60,7 @@ def multiply_quantized_and_activate(
         KIND=kind,
         GATED=gated,
         HALVES=gated and not interleaved,
-        **gate_up.constants,
+        **constants,
         EVEN_D=H % tiles.block_k == 0,
         PRECISION=precision,
         INDEX=index_type(max(extent(x), P * gate_up.data.shape[2], extent(weights))),
@@ -111,7 +111,8 @@ def _quantized_gate_up(
     CODES: tl.constexpr,
     ROWS: tl.constexpr,
     GROUP: tl.constexpr,
-    ROWS_GROUP: tl.constexpr,
+    ROWS_CODES: tl.constexpr,
+    SCALED: tl.constexpr,
     EVEN_D: tl.constexpr,
     PRECISION: tl.constexpr,
     INDEX: tl.constexpr,
@@ -180,37 +181,18 @@ def _quantized_gate_up(
             CODES,
             ROWS,
             GROUP,
-            ROWS_GROUP,
+            ROWS_CODES,
+            SCALED,
             EVEN_D,
             PRECISION,
             INDEX,
         )
 
+        bias_of = bias
         if bias is not None:
-            place = bias + at(of, stride_bias_e) + at(column, stride_bias_n)
-            added = tl.load(place, mask=column_ok & (column < tl.where(group < 0, 0, P)), other=0.0)
-            sum += added.to(tl.float32)[None, :]
-        if pre_activation is not None:
-            place = (pre_activation + at(row, P))[:, None] + column[None, :]
-            stored = row_ok[:, None] & column_ok[None, :]
-            tl.store(place, sum.to(pre_activation.dtype.element_ty), mask=stored)
-        gate = sum
-        up = sum
-        if HALVES:
-            gate, up = tl.split(sum.reshape(BLOCK_M, 2, UNITS).permute(0, 2, 1))
-        elif GATED:
-            gate, up = tl.split(sum.reshape(BLOCK_M, UNITS, 2))
-        weight = tl.full([BLOCK_M], 1.0, tl.float32)
-        if weights is not None:
-            place = at(slot // weights_K, stride_weights_t) + at(slot % weights_K, stride_weights_k)
-            weight = tl.load(weights + place, mask=used, other=0.0).to(tl.float32)
-        # One half of the columns after the other: activations need many registers.
-        gate0, gate1 = tl.split(gate.reshape(BLOCK_M, 2, UNITS // 2).permute(0, 2, 1))
-        up0, up1 = tl.split(up.reshape(BLOCK_M, 2, UNITS // 2).permute(0, 2, 1))
-        _activate_and_store(
-            out, gate0, up0, weight, row, unit, I, used, row_ok, alpha, limit, KIND, weights is not None, UNITS // 2
-        )
-        unit += UNITS // 2
-        _activate_and_store(
-            out, gate1, up1, weight, row, unit, I, used, row_ok, alpha, limit, KIND, weights is not None, UNITS // 2
-        )
+            bias_of += at(of, stride_bias_e)
+        finish(
+            sum, out, bias_of, pre_activation, weights, group, row, row_ok, slot, used, unit, column, column_ok, P, I,
+            alpha, limit, stride_bias_n, stride_weights_t, stride_weights_k, weights_K, KIND, GATED, HALVES, BLOCK_M,
+            UNITS,
+        )  # fmt: skip

@@ -3,7 +3,9 @@
 Codes are read as they are stored and decoded in registers, to numbers that float32, bfloat16 and float16 all hold
 exactly; the matrix instructions multiply these. A step along the reduction lies within one group of elements that share
 a scale, and its products are summed in a fresh float32 accumulator, which the scale then multiplies: no scale is ever
-rounded into a weight. With mode="int8" the rows are 8-bit integers too, and the products int32.
+rounded into a weight. With mode="int8" the rows are 8-bit integers too, and the products int32. With mode="fp8" they
+are e4m3 codes, which are decoded as those of weights are; matrix instructions that take such codes with their scales
+multiply them as they are stored.
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ from torch import Tensor
 from polymoe.kernels.devices import current
 from polymoe.kernels.operands import arithmetic, precision
 from polymoe.kernels.round_rows import GROUP, round_rows
-from polymoe.kernels.tiles import Problem, Tiles, choose_quantized
+from polymoe.kernels.tiles import NARROWER_YET, Problem, Tiles, choose_quantized, offers_scaled
 
 
 @dataclass(frozen=True)
@@ -42,6 +44,9 @@ FORMATS = {
 }
 
 
+ROWS_CODES = {"weight_only": "", "int8": "int8", "fp8": "e4m3"}  # of rows, by mode
+
+
 @dataclass(frozen=True)
 class Stored:
     """A weight [G, N, D] as polymoe.formats stores it, contiguous."""
@@ -61,20 +66,27 @@ class Stored:
     def tiles(self, a: Tensor, S: int) -> Tiles:
         """Of its product with S rows like those of `a`."""
         G, D, N = self.shape
-        group = GROUP if self.mode == "int8" else FORMATS[self.format].group
-        return choose_quantized(Problem(self._arithmetic(a), S, G, N, D), current(a.device), group)
+        device, group = current(a.device), FORMATS[self.format].group if self.mode == "weight_only" else GROUP
+        if self._scaled(a):
+            return choose_quantized(Problem("mx", S, G, N, D), device, None)
+        widest = NARROWER_YET if self.mode == "fp8" else None
+        return choose_quantized(Problem(self._arithmetic(a), S, G, N, D), device, group, widest)
 
     def precision(self, a: Tensor) -> str:
         """tl.dot's input_precision of that product."""
         return precision(self._arithmetic(a))
 
     def rows(self, a: Tensor) -> tuple[Tensor, Tensor | None]:
-        """The rows [S, D] as they are multiplied, and the scales of their groups in the mode "int8"."""
-        return round_rows(a) if self.mode == "int8" else (a, None)
+        """The rows [S, D] as they are multiplied, and the scales of their groups in the modes that round them."""
+        return (a, None) if self.mode == "weight_only" else round_rows(a, ROWS_CODES[self.mode])
 
     def _arithmetic(self, a: Tensor) -> str:
-        """Integers take the tiles of 16-bit numbers."""
-        return "bf16" if self.mode == "int8" else arithmetic(a, self.data.mT, current(a.device))
+        """Integers take the tiles of 16-bit numbers, which codes of 8-bit floats become."""
+        return arithmetic(a, self.data.mT, current(a.device)) if self.mode == "weight_only" else "bf16"
+
+    def _scaled(self, a: Tensor) -> bool:
+        """Whether matrix instructions apply the scales."""
+        return self.mode == "fp8" and offers_scaled(current(a.device).family)
 
     @property
     def tensors(self) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -89,14 +101,19 @@ class Stored:
         rows, columns = self.scale.shape[1], self.scale.shape[2] if self.scale.dim() == 3 else 1
         return self.data.shape[2], columns, rows
 
-    @property
-    def constants(self) -> dict[str, str | int]:
-        """What a kernel is compiled for."""
+    def constants(self, a: Tensor) -> dict[str, str | int | bool]:
+        """What a kernel is compiled for that multiplies rows like those of `a`."""
         format = FORMATS[self.format]
-        rows_group = GROUP if self.mode == "int8" else 0
-        return {"CODES": format.codes, "ROWS": format.rows, "GROUP": format.group or 0, "ROWS_GROUP": rows_group}
+        return {
+            "CODES": format.codes,
+            "ROWS": format.rows,
+            "GROUP": format.group or 0,
+            "ROWS_CODES": ROWS_CODES[self.mode],
+            "SCALED": self._scaled(a),
+        }
 
 
+ROWS_GROUP = tl.constexpr(GROUP)
 E4M3_TO_FLOAT32 = tl.constexpr(2.0**120)  # the biases of the exponents differ by 120
 
 
@@ -132,7 +149,62 @@ def factors(scale, CODES: tl.constexpr):
 
 
 @triton.jit
-def quantized_product(
+def _scaled_product(
+    a,
+    row_offsets,
+    row_ok,
+    stride_ak,
+    row_scale,
+    row_scale_offsets,
+    data,
+    scale,
+    column,
+    column_ok,
+    width,
+    scales,
+    D,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    CODES: tl.constexpr,
+    GROUP: tl.constexpr,
+    EVEN_D: tl.constexpr,
+    INDEX: tl.constexpr,
+):
+    """quantized_product by matrix instructions that apply the scales: rows of e4m3, and for both operands every GROUP
+    elements along the reduction share a power of two. One accumulator sums all of the reduction."""
+    BYTES: tl.constexpr = BLOCK_K // 2 if CODES == "e2m1" else BLOCK_K
+    k_span = tl.arange(0, BLOCK_K)
+    byte_span = tl.arange(0, BYTES)
+    group_span = tl.arange(0, BLOCK_K // GROUP)
+    a_offsets = row_offsets[:, None] + k_span.to(INDEX)[None, :] * stride_ak
+    row_scale_offsets = row_scale_offsets[:, None] + group_span[None, :]
+    data_offsets = column.to(INDEX)[:, None] * width + byte_span[None, :]
+    scale_offsets = column.to(INDEX)[:, None] * scales + group_span[None, :]
+    sum = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32)
+    for k in range(0, D, BLOCK_K):
+        rows_mask = row_ok[:, None]
+        row_scale_mask = row_ok[:, None]
+        data_mask = column_ok[:, None]
+        scale_mask = column_ok[:, None]
+        first_byte = k // 2 if CODES == "e2m1" else k
+        if not EVEN_D:
+            groups_left = k // GROUP + group_span < scales
+            rows_mask = rows_mask & (k + k_span < D)[None, :]
+            row_scale_mask = row_scale_mask & groups_left[None, :]
+            data_mask = data_mask & (first_byte + byte_span < width)[None, :]
+            scale_mask = scale_mask & groups_left[None, :]
+        x = tl.load(a + a_offsets, mask=rows_mask, other=0)
+        x_scale = tl.load(row_scale + k // GROUP + row_scale_offsets, mask=row_scale_mask, other=0)
+        w = tl.load(data + first_byte + data_offsets, mask=data_mask, other=0)
+        w_scale = tl.load(scale + k // GROUP + scale_offsets, mask=scale_mask, other=0)
+        sum = tl.dot_scaled(x, x_scale, "e4m3", w.T, w_scale, CODES, sum)
+        a += tl.cast(stride_ak, tl.int64) * BLOCK_K
+    return sum
+
+
+@triton.jit
+def _decoded_product(
     a,
     row_offsets,
     row_ok,
@@ -153,19 +225,12 @@ def quantized_product(
     CODES: tl.constexpr,
     ROWS: tl.constexpr,
     GROUP: tl.constexpr,
-    ROWS_GROUP: tl.constexpr,
+    ROWS_CODES: tl.constexpr,
     EVEN_D: tl.constexpr,
     PRECISION: tl.constexpr,
     INDEX: tl.constexpr,
 ):
-    """A tile [BLOCK_M, BLOCK_N] of a @ weight^T, in float32.
-
-    a: a pointer, to rows at row_offsets
-    row_scale: with ROWS_GROUP the rows are 8-bit integers, so many of which share a scale; the scales of a row are at
-        row_scale_offsets
-    data, scale, zero: pointers to the matrix of one group, of which the rows `column` are read; `width` bytes and
-        `scales` scales are a row
-    """
+    """quantized_product by matrix instructions for the numbers that codes stand for."""
     HALVED: tl.constexpr = CODES == "e2m1" or CODES == "int4"
     BYTES: tl.constexpr = BLOCK_K // 2 if HALVED else BLOCK_K
     k_span = tl.arange(0, BLOCK_K)
@@ -192,7 +257,7 @@ def quantized_product(
             middle = tl.load(zero + place, mask=column_ok, other=0).to(tl.int32)[:, None]
         if HALVED:
             codes = tl.interleave(codes & 15, codes >> 4)
-        if ROWS_GROUP > 0 and zero is not None:
+        if ROWS_CODES == "int8" and zero is not None:
             # A code less its zero point is at least -128 up to 128; what is above that is subtracted from the sum.
             above = tl.maximum(middle - 128, 0)
             products = tl.dot(x, numbers(codes, middle - above, CODES).to(x.dtype).T)
@@ -200,12 +265,65 @@ def quantized_product(
                 products -= tl.sum(x.to(tl.int32), axis=1)[:, None] * above.T
             row_factor = tl.load(row_scale + row_scale_offsets + k // ROWS_GROUP, mask=row_ok, other=0.0)
             sum = tl.fma(products.to(tl.float32), row_factor[:, None] * factor[None, :], sum)
-        elif ROWS_GROUP > 0:
+        elif ROWS_CODES != "":
+            if ROWS_CODES == "e4m3":
+                x = numbers(x, 0, ROWS_CODES).to(tl.bfloat16)
             w = numbers(codes, middle, CODES).to(x.dtype).T
-            row_factor = tl.load(row_scale + row_scale_offsets + k // ROWS_GROUP, mask=row_ok, other=0.0)
+            row_factor = tl.load(row_scale + row_scale_offsets + k // ROWS_GROUP, mask=row_ok, other=0)
+            row_factor = factors(row_factor, ROWS_CODES)
             sum = tl.fma(tl.dot(x, w).to(tl.float32), row_factor[:, None] * factor[None, :], sum)
         else:
             w = numbers(codes, middle, CODES).to(x.dtype).T
             sum = tl.fma(tl.dot(x, w, input_precision=PRECISION), factor[None, :], sum)
         a += tl.cast(stride_ak, tl.int64) * BLOCK_K
+    return sum
+
+
+@triton.jit
+def quantized_product(
+    a,
+    row_offsets,
+    row_ok,
+    stride_ak,
+    row_scale,
+    row_scale_offsets,
+    data,
+    scale,
+    zero,
+    column,
+    column_ok,
+    width,
+    scales,
+    D,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    CODES: tl.constexpr,
+    ROWS: tl.constexpr,
+    GROUP: tl.constexpr,
+    ROWS_CODES: tl.constexpr,
+    SCALED: tl.constexpr,
+    EVEN_D: tl.constexpr,
+    PRECISION: tl.constexpr,
+    INDEX: tl.constexpr,
+):
+    """A tile [BLOCK_M, BLOCK_N] of a @ weight^T, in float32.
+
+    a: a pointer, to rows at row_offsets
+    row_scale: with ROWS_CODES the rows are codes ("int8" or "e4m3"), ROWS_GROUP of which share a scale; the scales of a
+        row are at row_scale_offsets
+    data, scale, zero: pointers to the matrix of one group, of which the rows `column` are read; `width` bytes and
+        `scales` scales are a row
+    SCALED: the matrix instructions apply the scales
+    """
+    if SCALED:
+        sum = _scaled_product(
+            a, row_offsets, row_ok, stride_ak, row_scale, row_scale_offsets, data, scale, column, column_ok, width,
+            scales, D, BLOCK_M, BLOCK_N, BLOCK_K, CODES, GROUP, EVEN_D, INDEX
+        )  # fmt: skip
+    else:
+        sum = _decoded_product(
+            a, row_offsets, row_ok, stride_ak, row_scale, row_scale_offsets, data, scale, zero, column, column_ok,
+            width, scales, D, BLOCK_M, BLOCK_N, BLOCK_K, CODES, ROWS, GROUP, ROWS_CODES, EVEN_D, PRECISION, INDEX
+        )  # fmt: skip
     return sum

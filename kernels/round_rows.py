@@ -1,4 +1,5 @@
-"""Rows as 8-bit integers, for mode="int8": every 32 elements share a scale. One program rounds a tile of rows."""
+"""Rows as codes of 8 bits, for mode="int8" and mode="fp8": every 32 elements share a scale. One program rounds a tile
+of rows."""
 
 from __future__ import annotations
 
@@ -15,15 +16,20 @@ ELEMENTS = 2048  # of a tile
 WARPS = 4
 
 
-def round_rows(x: Tensor) -> tuple[Tensor, Tensor]:
-    """x [S, D] as codes int8 [S, D rounded up to whole groups] and scales f32 [S, groups], once for every row.
+def round_rows(x: Tensor, codes_of: str) -> tuple[Tensor, Tensor]:
+    """x [S, D] as codes [S, D rounded up to whole groups] and scales [S, groups], once for every row.
 
-    The scale is the largest magnitude of a group / 127, the code the integer nearest to element * (127 / largest), ties
-    to even. A group of zeros has codes 0; one that holds infinity or NaN has codes 0 and the scale NaN.
+    "int8": int8 and float32. The scale is the largest magnitude of a group / 127, the code the integer nearest to
+    element * (127 / largest), ties to even.
+    "e4m3": uint8, the bytes of e4m3 and of e8m0. The scale is that of polymoe.formats.Mxfp8, the code the e4m3 nearest
+    to element / scale, ties to even.
+
+    A group of zeros has codes 0; one that holds infinity or NaN has codes 0 and the scale NaN.
     """
     (S, D), groups = x.shape, cdiv(x.shape[1], GROUP)
-    codes = torch.empty((S, groups * GROUP), dtype=torch.int8, device=x.device)
-    scales = torch.empty((S, groups), dtype=torch.float32, device=x.device)
+    code, factor = (torch.int8, torch.float32) if codes_of == "int8" else (torch.uint8, torch.uint8)
+    codes = torch.empty((S, groups * GROUP), dtype=code, device=x.device)
+    scales = torch.empty((S, groups), dtype=factor, device=x.device)
     if codes.numel() > 0:
         rows, columns = tile(groups * GROUP, COLUMNS, ELEMENTS)
         _round_rows[cdiv(S, rows), cdiv(D, columns)](
@@ -38,6 +44,7 @@ def round_rows(x: Tensor) -> tuple[Tensor, Tensor]:
             ROWS=rows,
             GROUPS=columns // GROUP,
             GROUP=GROUP,
+            CODES=codes_of,
             num_warps=WARPS,
             **OPTIONS,
         )
@@ -47,6 +54,34 @@ def round_rows(x: Tensor) -> tuple[Tensor, Tensor]:
 SMALLEST = tl.constexpr(2.0**-119)  # 127 / it is finite
 TO_INTEGER = tl.constexpr(1.5 * 2.0**23)  # next to it float32 numbers are integers
 INFINITY = tl.constexpr(0x7F800000)
+SMALLEST_SCALED = tl.constexpr(0x04E00000)  # 448 * 2**-126
+
+
+@triton.jit
+def _int8(values, bits):
+    """values [.., .., GROUP] as integers, and the scales of groups whose largest magnitude has the bits `bits`."""
+    finite = bits < INFINITY
+    largest = tl.maximum(tl.where(finite, bits, 0).to(tl.float32, bitcast=True), SMALLEST)
+    scaled = tl.where(finite[:, :, None], values * tl.div_rn(127.0, largest)[:, :, None], 0.0)
+    rounded = (scaled + TO_INTEGER) - TO_INTEGER
+    return rounded.to(tl.int8), tl.where(finite, tl.div_rn(largest, 127.0), float("nan"))
+
+
+@triton.jit
+def _e4m3(values, bits):
+    """The same as e4m3, with exponents for scales."""
+    finite = bits < INFINITY
+    largest = tl.maximum(tl.where(finite, bits, 0), SMALLEST_SCALED)
+    # largest / 448, which is 1.75 * 2**8, rounded up to a power of two; and the reciprocal of that
+    exponent = (largest >> 23) - 8 + ((largest & 0x7FFFFF) > 0x600000).to(tl.int32)
+    factor = ((254 - exponent) << 23).to(tl.float32, bitcast=True)
+    scaled = tl.where(finite[:, :, None], values * factor[:, :, None], 0.0)
+    number = scaled.to(tl.int32, bitcast=True)
+    magnitude = number & 0x7FFFFFFF
+    normal = ((magnitude + 0x7FFFF + ((magnitude >> 20) & 1)) >> 20) - (120 << 3)  # the biases differ by 120
+    subnormal = (magnitude.to(tl.float32, bitcast=True) * 512.0 + TO_INTEGER) - TO_INTEGER
+    code = tl.where(magnitude < 0x3C800000, subnormal.to(tl.int32), normal)  # below 2**-6
+    return (code | ((number >> 24) & 0x80)).to(tl.uint8), tl.where(finite, exponent, 255).to(tl.uint8)
 
 
 @triton.jit(do_not_specialize=["S"])
@@ -63,6 +98,7 @@ def _round_rows(
     ROWS: tl.constexpr,
     GROUPS: tl.constexpr,
     GROUP: tl.constexpr,
+    CODES: tl.constexpr,
 ):
     row = tl.program_id(0).to(INDEX) * ROWS + tl.arange(0, ROWS)
     column = tl.program_id(1).to(INDEX) * (GROUPS * GROUP) + tl.arange(0, GROUPS * GROUP)
@@ -72,14 +108,13 @@ def _round_rows(
     values = values.reshape(ROWS, GROUPS, GROUP)
     # As integers, which order magnitudes too, and NaN last.
     bits = tl.max(values.to(tl.int32, bitcast=True) & 0x7FFFFFFF, axis=2)
-    finite = bits < INFINITY
-    largest = tl.maximum(tl.where(finite, bits, 0).to(tl.float32, bitcast=True), SMALLEST)
-    scaled = tl.where(finite[:, :, None], values * tl.div_rn(127.0, largest)[:, :, None], 0.0)
-    rounded = (scaled + TO_INTEGER) - TO_INTEGER
+    if CODES == "int8":
+        rounded, scale = _int8(values, bits)
+    else:
+        rounded, scale = _e4m3(values, bits)
     width = groups * GROUP
     place = row[:, None] * width + column[None, :]
-    tl.store(codes + place, rounded.to(tl.int8).reshape(ROWS, GROUPS * GROUP), mask=row_ok & (column < width)[None, :])
+    tl.store(codes + place, rounded.reshape(ROWS, GROUPS * GROUP), mask=row_ok & (column < width)[None, :])
     group = tl.program_id(1).to(INDEX) * GROUPS + tl.arange(0, GROUPS)
     place = row[:, None] * groups + group[None, :]
-    scale = tl.where(finite, tl.div_rn(largest, 127.0), float("nan"))
     tl.store(scales + place, scale, mask=row_ok & (group < groups)[None, :])

@@ -23,7 +23,8 @@ MOST_REGISTERS = 255
 class Problem:
     """A grouped product of S rows in G groups: [rows of a group, D] @ [D, N].
 
-    arithmetic: "bf16", "f16", "tf32" or "f32".
+    arithmetic: "bf16", "f16", "tf32", "f32", or "mx" for codes of 8 and 4 bits with scales that the matrix
+        instructions apply themselves
     """
 
     arithmetic: str
@@ -87,7 +88,8 @@ _CDNA = {16: 2, 32: 4, 64: 4, 128: 8}
 _RDNA = {16: 2, 32: 4, 64: 4}
 _RDNA_FMA = {16: 4, 32: 8, 64: 8}
 
-# By family and arithmetic. sm_90 and sm_100 have no instruction below 64 rows; bf16 and f16 share their rules.
+# By family and arithmetic. sm_90 and sm_100 have no instruction below 64 rows, sm_100 none of "mx" below 128; bf16 and
+# f16 share their rules.
 RULES: dict[tuple[str, str], Rule] = {
     ("sm_80", "bf16"): Rule(_AMPERE, 128, 64, 4),
     ("sm_80", "tf32"): Rule(_AMPERE, 128, 32, 4),
@@ -97,6 +99,7 @@ RULES: dict[tuple[str, str], Rule] = {
     ("sm_90", "f32"): Rule(_FMA, 64, 32, 2, descriptors=False),
     ("sm_100", "bf16"): Rule(_HOPPER, 128, 64, 4),
     ("sm_100", "tf32"): Rule(_HOPPER, 128, 32, 4),
+    ("sm_100", "mx"): Rule({128: 8}, 128, 128, 3),
     ("sm_100", "f32"): Rule(_FMA, 64, 32, 2, descriptors=False),
     ("sm_120", "bf16"): Rule(_GEFORCE, 128, 64, 3),
     ("sm_120", "tf32"): Rule(_GEFORCE, 128, 32, 3),
@@ -105,6 +108,7 @@ RULES: dict[tuple[str, str], Rule] = {
     ("gfx942", "tf32"): Rule(_CDNA, 128, 32, 2, nonkdim=16),
     ("gfx942", "f32"): Rule(_CDNA, 128, 32, 2, nonkdim=16),
     ("gfx950", "bf16"): Rule(_CDNA, 128, 64, 2, nonkdim=16),
+    ("gfx950", "mx"): Rule(_CDNA, 128, 128, 2, nonkdim=16),
     ("gfx950", "f32"): Rule(_CDNA, 128, 32, 2, nonkdim=16),
     ("gfx1100", "bf16"): Rule(_RDNA, 64, 32, 2),
     ("gfx1100", "f32"): Rule(_RDNA_FMA, 64, 32, 2),
@@ -115,15 +119,18 @@ RULES: dict[tuple[str, str], Rule] = {
     # Few, large blocks.
     ("interpreter", "bf16"): Rule(dict.fromkeys((16, 64, 256, 1024), 4), 1024, 512, 1),
     ("interpreter", "tf32"): Rule(dict.fromkeys((16, 64, 256, 1024), 4), 1024, 512, 1),
+    ("interpreter", "mx"): Rule(dict.fromkeys((16, 64, 256, 1024), 4), 1024, 128, 1),
     ("interpreter", "f32"): Rule(dict.fromkeys((16, 64, 256, 1024), 4), 1024, 128, 1),
 }
 
-BYTES = {"bf16": 2, "f16": 2, "tf32": 4, "f32": 4}
+BYTES = {"bf16": 2, "f16": 2, "tf32": 4, "f32": 4, "mx": 1}
 SMALLEST_N = 16
 LONGEST_STEP = 128  # along the reduction, of quantised weights
 # Columns at most of a tile of quantised weights, where a thread would hold too many scales beside two accumulators.
 NARROWER = {(family, kind): 64 for family in ("sm_90", "sm_100") for kind in ("bf16", "f16", "tf32")}
 NARROWER["gfx1200", "f32"] = 32
+# The same where the rows are codes too, which are decoded, and where every element of a tile of weights has a scale.
+NARROWER_YET = 64
 STAGED_IN_REGISTERS = ("gfx942", "gfx1100", "gfx1200")
 
 
@@ -133,6 +140,11 @@ def rule(family: str, arithmetic: str) -> Rule:
 
 def offers_tf32(family: str) -> bool:
     return (family, "tf32") in RULES
+
+
+def offers_scaled(family: str) -> bool:
+    """Whether it has matrix instructions that apply the scales of microscaling formats."""
+    return (family, "mx") in RULES
 
 
 def block_m(problem: Problem, device: Device) -> int:
@@ -206,10 +218,11 @@ def closed_form(problem: Problem, device: Device, widest: int | None = None) -> 
     )
 
 
-def choose_quantized(problem: Problem, device: Device, group: int | None) -> Tiles:
+def choose_quantized(problem: Problem, device: Device, group: int | None, widest: int | None = None) -> Tiles:
     """For weights of codes, of which `group` along the reduction share a scale (None: all). Pointers read them, and a
-    step is no longer than a group, nor than what a fresh accumulator sums with a small rounding error. Not refined."""
-    tiles = closed_form(problem, device, NARROWER.get((device.family, problem.arithmetic)))
+    step is no longer than a group, nor than what a fresh accumulator sums with a small rounding error. `widest` as in
+    `choose`. Not refined."""
+    tiles = closed_form(problem, device, NARROWER.get((device.family, problem.arithmetic), widest))
     step = min(tiles.block_k, group or LONGEST_STEP, LONGEST_STEP)
     registers = MOST_REGISTERS if device.family.startswith("sm_") else 0
     return replace(tiles, block_k=step, descriptors=False, persistent=False, registers=registers)

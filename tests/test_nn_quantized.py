@@ -164,7 +164,9 @@ ERRORS: dict[str, Callable[[], object]] = {
     "gate_up_bias: expected None or a parameter [6, 256], got [6, 64]": lambda: QuantizedExperts(
         quantized("int8", E, 2 * I, H), quantized("int8", E, H, I), gate_up_bias=nn.Parameter(torch.zeros(E, H))
     ),
-    'mode: expected "weight_only" for mxfp8': lambda: QuantizedExperts.quantize(Experts(E, H, I), "mxfp8", "int8"),
+    'mode: expected "weight_only" or "fp8" for mxfp8': lambda: QuantizedExperts.quantize(
+        Experts(E, H, I), "mxfp8", "int8"
+    ),
     "experts: expected plain weights (polymoe.unoptimize), got packed": lambda: QuantizedExperts.quantize(
         packed(Experts(E, H, I)), "mxfp4"
     ),

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from polymoe.kernels.devices import INTERPRETER, OTHER, TARGETS, Device
-from polymoe.kernels.tiles import BYTES, RULES, STAGED_IN_REGISTERS, Problem, choose, offers_tf32
+from polymoe.kernels.tiles import BYTES, RULES, STAGED_IN_REGISTERS, Problem, choose, offers_scaled, offers_tf32
 
 DEVICES = {**TARGETS, "interpreter": INTERPRETER, "other": OTHER}
 FAMILIES = sorted(DEVICES)
@@ -108,6 +108,7 @@ def test_every_family_has_its_rules() -> None:
     assert [family for family in FAMILIES if offers_tf32(family)] == [
         "gfx942", "interpreter", "sm_100", "sm_120", "sm_80", "sm_90"
     ]  # fmt: skip
+    assert [family for family in FAMILIES if offers_scaled(family)] == ["gfx950", "interpreter", "sm_100"]
     assert all(device.family == family for family, device in DEVICES.items())
 
 

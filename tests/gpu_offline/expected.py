@@ -9,7 +9,7 @@ from tests.gpu_offline.assembly import Facts
 
 from polymoe.kernels.devices import TARGETS
 
-QUANTIZED = ("quantized_mm", "quantized_gate_up")
+QUANTIZED = ("quantized_mm", "quantized_gate_up", "quantized_backward")
 PRODUCTS = ("grouped_mm", "gate_up", "down_backward", *QUANTIZED)
 
 # Matrix instructions by target and arithmetic; None where multiply-adds do the work.
@@ -36,7 +36,14 @@ INSTRUCTIONS: dict[str, dict[str, str | None]] = {
         "f32": None,
         "int8": r"IGMMA\.64x\d+x32\.S8\.S8",
     },
-    "sm_100": {"bf16": "UTCHMMA", "f16": "UTCHMMA", "tf32": "UTCHMMA", "f32": None, "int8": "UTCIMMA"},
+    "sm_100": {
+        "bf16": "UTCHMMA",
+        "f16": "UTCHMMA",
+        "tf32": "UTCHMMA",
+        "f32": None,
+        "int8": "UTCIMMA",
+        "mx": "UTCQMMA",
+    },
     "sm_120": _MMA_SYNC,
     "gfx942": _MFMA
     | {
@@ -46,7 +53,12 @@ INSTRUCTIONS: dict[str, dict[str, str | None]] = {
         "int8": "v_mfma_i32_16x16x32_i8",
     },
     "gfx950": _MFMA
-    | {"bf16": "v_mfma_f32_16x16x32_bf16", "f16": "v_mfma_f32_16x16x32_f16", "int8": "v_mfma_i32_16x16x32_i8"},
+    | {
+        "bf16": "v_mfma_f32_16x16x32_bf16",
+        "f16": "v_mfma_f32_16x16x32_f16",
+        "int8": "v_mfma_i32_16x16x32_i8",
+        "mx": "v_mfma_scale_f32_16x16x128_f8f6f4",
+    },
     "gfx1100": _WMMA,
     "gfx1200": _WMMA,
 }
@@ -58,9 +70,10 @@ ACTIVATING = ("down_backward",)
 # Triton 3.9 copies these to shared memory by 4 bytes, because of the order in which the instruction reads them.
 NARROW = (("gfx950", "f32"),)
 
-# What quantised weights load beside 16 bytes: a scale of a byte or a float for every column; and codes of 4 bits by 4
-# or 8 bytes, where there are so many threads that no more is left for one.
-SCALES = ("1", "4", "8")
+# What quantised weights load beside 16 bytes: a scale of a byte or a float for every column, or up to four bytes of a
+# row where matrix instructions take them; and codes by 4 or 8 bytes, where there are so many threads that no more is
+# left for one.
+SCALES = ("1", "2", "4", "8")
 
 
 def complaints(name: str, arithmetic: str, described: int, target: str, facts: Facts) -> list[str]:

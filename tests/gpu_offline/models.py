@@ -163,17 +163,32 @@ def _experts(model: Model, T: int, dtype: torch.dtype) -> Call:
     return Call("experts", model.name, T, run, 2.0 * S * (model.up + model.I) * model.H, weights * size + rows)
 
 
-def _quantized(model: Model, T: int, dtype: torch.dtype, name: str, mode: str = "weight_only") -> Call:
-    """experts with weights of a format as polymoe.formats stores it."""
-    format, S, size = parse(name), T * model.K, dtype.itemsize
+def _stored(name: str, E: int, N: int, D: int) -> tuple[Tensor, Tensor]:
+    """Data and scales of a weight [E, N, D] as polymoe.formats stores it."""
+    format = parse(name)
     codes = torch.float8_e4m3fn if "fp8" in name else torch.int8 if name == "int8" else torch.uint8
     scales = torch.uint8 if name.startswith("mx") else torch.float32
+    return meta(E, N, format.data_width(D), dtype=codes), meta(E, *format.scale_shape(N, D), dtype=scales)
 
-    def weight(N: int, D: int) -> tuple[Tensor, Tensor]:
-        data = meta(model.E, N, format.data_width(D), dtype=codes)
-        return data, meta(model.E, *format.scale_shape(N, D), dtype=scales)
 
-    (up, up_scale), (down, down_scale) = weight(model.up, model.H), weight(model.H, model.I)
+def _quantized_backward(model: Model, T: int, dtype: torch.dtype, name: str) -> Call:
+    """The gradient of the rows through the gate and up weights."""
+    S, size = T * model.K, dtype.itemsize
+    data, scale = _stored(name, model.E, model.up, model.H)
+    grad, offs = meta(S, model.up, dtype=dtype), meta(model.E, dtype=torch.int32)
+    stored = (data.nbytes + scale.nbytes) / model.E * min(model.E, S)
+    return Call(
+        f"quantized_backward {name}", model.name, T,
+        lambda: op("quantized_backward")(grad, data, scale, None, offs, model.H, name, torch.float32),
+        2.0 * S * model.up * model.H, stored + S * (model.up * size + model.H * 4),
+    )  # fmt: skip
+
+
+def _quantized(model: Model, T: int, dtype: torch.dtype, name: str, mode: str = "weight_only") -> Call:
+    """experts with weights of a format."""
+    S, size = T * model.K, dtype.itemsize
+    up, up_scale = _stored(name, model.E, model.up, model.H)
+    down, down_scale = _stored(name, model.E, model.H, model.I)
 
     def run() -> Any:
         biases = [meta(model.E, n, dtype=dtype) if model.bias else None for n in (model.up, model.H)]
@@ -266,7 +281,7 @@ FORMATS = {
     "deepseek-v4-flash": ("mxfp4", "mxfp8", "int8", "int4_g128"),
     "gpt-oss-20b": ("mxfp4",),
 }
-INT8_FORMATS = ("mxfp4", "int8")  # with rows of 8-bit integers
+ROUNDED = (("mxfp4", "int8"), ("int8", "int8"), ("mxfp4", "fp8"), ("mxfp8", "fp8"))  # formats and modes that round rows
 
 
 def calls(model: Model, T: int, arithmetic: str) -> list[Call]:
@@ -279,7 +294,9 @@ def calls(model: Model, T: int, arithmetic: str) -> list[Call]:
     names = FORMATS.get(model.name, ()) if arithmetic == "bf16" else ("mxfp4",) if model.name in LAYOUTS[:1] else ()
     found += [_quantized(model, T, dtype, name) for name in names]
     if arithmetic == "bf16" and model.name in LAYOUTS[:1]:
-        found += [_quantized(model, T, dtype, name, "int8") for name in INT8_FORMATS]
+        found += [_quantized(model, T, dtype, name, mode) for name, mode in ROUNDED]
+    if T in FEW_TOKENS and arithmetic in ("bf16", "f32"):
+        found += [_quantized_backward(model, T, dtype, name) for name in names]
     # As tf32 the instructions of sm_90 and sm_100 cannot read weights in this order.
     found += [_down_backward(model, T, dtype)] if model.name in VARIETY and arithmetic != "tf32" else []
     if T in FEW_TOKENS and arithmetic in ("bf16", "f32"):

@@ -37,12 +37,15 @@ class Found:
         if "CODES" not in constants:
             return self.arithmetic
         group = f" by {constants['GROUP']}" if constants["GROUP"] else ""
-        return f"{self.instruction} x {constants['CODES']}{group}"
+        return f"{constants.get('ROWS_CODES') or self.arithmetic} x {constants['CODES']}{group}"
 
     @property
     def instruction(self) -> str:
         """What a product's matrix instruction multiplies."""
-        return "int8" if self.launch.constexprs.get("ROWS_GROUP") else self.arithmetic
+        constants = self.launch.constexprs
+        if constants.get("SCALED"):
+            return "mx"
+        return {"int8": "int8", "e4m3": "bf16"}.get(constants.get("ROWS_CODES", ""), self.arithmetic)
 
 
 def settings(launch: Launch) -> dict[str, Any]:
@@ -135,7 +138,7 @@ def markdown(rows: Sequence[dict[str, Any]], differing: Sequence[str]) -> str:
             f"{len(rows)} kernels, {wrong} of which break an expectation: no spills, no local memory, shared memory "
             "within the target's limit, the matrix instruction of the table below and no other, bulk copies (TMA) "
             "where descriptors are used, loads of 16 bytes in the main loop of a product (of quantised weights, scales "
-            "one by one, and codes of 4 bits by 4 or 8 bytes too).",
+            "by 1 to 4 bytes, and codes by 4 or 8 bytes too).",
             "",
             *_summary(rows),
             "",

@@ -11,7 +11,6 @@ from triton.runtime.interpreter import InterpretedFunction
 
 import polymoe
 from polymoe import formats
-from polymoe.formats import Weight
 from polymoe.hal.problem import OPS, Problem
 from polymoe.hal.registry import find
 from polymoe.hal.select import declined
@@ -20,16 +19,20 @@ from polymoe.kernels.devices import INTERPRETER, TARGETS, pretend
 from polymoe.kernels.round_rows import round_rows
 from polymoe.kernels.tiles import RULES, choose_quantized
 from polymoe.kernels.tiles import Problem as Product
-from polymoe.reference._quantized import in_int8
+from polymoe.reference._quantized import in_fp8, in_int8
 from polymoe.testing.cases import Random
 from polymoe.testing.conformance.bitwise import check_batch
 from polymoe.testing.targets import Target
-from polymoe.testing.tolerances import assert_same_bits, relative_frobenius
+from polymoe.testing.tolerances import assert_same_bits, assert_within, dot_error, relative_frobenius, unit_roundoff
 from polymoe.testing.triton_checker import checked
 
 TRITON = Target("triton")
 INT8_FORMATS = [name for name in NAMES if "int8" in formats.parse(name).modes]
-MODES = [(name, "weight_only") for name in NAMES] + [(name, "int8") for name in INT8_FORMATS]
+FP8_FORMATS = [name for name in NAMES if "fp8" in formats.parse(name).modes]
+ROUNDED = [(name, "int8") for name in INT8_FORMATS] + [(name, "fp8") for name in FP8_FORMATS]
+MODES = [(name, "weight_only") for name in NAMES] + ROUNDED
+# Without the scaled matrix instructions that the interpreter has.
+DECODING = replace(INTERPRETER, family="other", shared=1 << 40)
 F32, BF16 = torch.float32, torch.bfloat16
 
 
@@ -70,10 +73,80 @@ def test_rows_are_rounded_as_the_reference_does(dtype, seed):
     random = Random(seed)
     a = random.normal(7, 3, 109, dtype=F32) * 2.0 ** random.integers(-30, 12, 109)
     for rows in (a[:, 1].to(dtype), a[:, 0].mT.contiguous().mT.to(dtype)):
-        codes, scales = round_rows(rows)
+        codes, scales = round_rows(rows, "int8")
         assert codes.abs().max() <= 127
         assert not codes[:, 109:].any()
         assert torch.equal((codes.double() * scales.double().repeat_interleave(32, -1))[:, :109], in_int8(rows, 32))
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16, torch.float16], ids=str)
+def test_rows_become_mxfp8(dtype, seed):
+    """Bit for bit, in groups of every size, with ties; a group that is not finite is NaN."""
+    random = Random(seed)
+    a = random.normal(9, 3, 173, dtype=F32) * 2.0 ** random.integers(-40, 12, 173)
+    a[:, :, 32:64] = random.integers(-64, 65, 9, 3, 32) / 16  # ties
+    a[2, :, 64:96] = 448 * 2.0 ** random.integers(-126, -9, 3, 1)  # the largest of a scale, and beyond
+    a[3, :, 64:96] = a[2, :, 64:96] * (1 + 2.0**-10)
+    a[4], a[5] = 0, a[5] * 2.0**-100
+    for rows in (a[:, 1].to(dtype), a[:, 0].mT.contiguous().mT.to(dtype)):
+        codes, scales = round_rows(rows, "e4m3")
+        expected = formats.Mxfp8().quantize(rows)
+        assert not codes[:, 173:].any()
+        assert torch.equal(codes[:, :173], expected.data.view(torch.uint8))
+        assert torch.equal(scales, expected.scale.view(torch.uint8))
+        rows[0, 40], rows[6, 172] = torch.inf, torch.nan
+        codes, scales = round_rows(rows, "e4m3")
+        bad = torch.zeros(9, 6, dtype=torch.bool)
+        bad[0, 1] = bad[6, 5] = True
+        assert torch.equal(scales == 255, bad)
+        assert torch.equal(in_fp8(rows).isnan(), bad.repeat_interleave(32, -1)[:, :173])
+
+
+@pytest.mark.parametrize("name", FP8_FORMATS)
+@pytest.mark.parametrize("device", [INTERPRETER, DECODING], ids=lambda device: device.family)
+def test_every_code_in_every_place_with_fp8_activations(name, device, seed):
+    """448 times the unit matrix is exact in e4m3."""
+    random, count, D = Random(seed), test_quantized_kernels.CODES[name], 289 if device == INTERPRETER else 70
+    codes = (torch.arange(count)[:, None] + torch.arange(D) * 3) % count
+    if name == "mxfp8":
+        codes = codes.where(codes & 0x7F != 0x7F, 0)  # NaN
+    weight = weight_of(name, codes[None], random)
+    expected = (448 * dequantized(weight)[0].mT).float()
+    with pretend(device):
+        for rows in (random.permutation(D)[:5], torch.arange(D)):
+            unit = 448 * torch.eye(D)[rows]
+            for dtype in (F32, BF16, torch.float16) if len(rows) == D else (F32,):
+                assert torch.equal(multiply(unit.to(dtype), weight, TRITON, mode="fp8"), expected[rows]), dtype
+
+
+@pytest.mark.parametrize("name", FP8_FORMATS)
+@pytest.mark.parametrize("device", [INTERPRETER, DECODING], ids=lambda device: device.family)
+def test_fp8_activations(name, device, seed):
+    """Rounded rows times the weight; a row with infinity or NaN is NaN, and no other. Of a term there are at most D + 3
+    roundings, of independent errors: see polymoe.testing.tolerances.frobenius_error, but for its blocks."""
+    random = Random(seed)
+    T, N, D = 37, 40, 227
+    weight = weight_of(name, random.integers(0, 0x77, 2, N, D), random)
+    a, ends = random.normal(T, D) * 2.0 ** random.integers(-6, 6, D), torch.tensor([9, T])
+    a[3, 200], a[20, 1] = torch.inf, torch.nan
+    with pretend(device):
+        out = multiply(a, weight, TRITON, ends, mode="fp8")
+    rows, expert = in_fp8(a), (torch.arange(T) >= 9).long()
+    truth = torch.einsum("td,tnd->tn", rows, dequantized(weight)[expert])
+    assert torch.equal(out.isnan().all(1), out.isnan().any(1))
+    assert torch.equal(out.isnan().any(1).nonzero().flatten(), torch.tensor([3, 20]))
+    fine = ~out.isnan().any(1)
+    assert relative_frobenius(out[fine], truth[fine]) < unit_roundoff(F32) * (D + 3) ** 0.5
+    assert_same_bits(multiply(a, weight, Target("reference"), ends, mode="fp8"), truth.float(), "the reference")
+
+
+def test_explain_says_whether_fp8_is_decoded():
+    layer = test_quantized.Layer("mxfp4", 0)
+    for device in (INTERPRETER, DECODING):
+        with pretend(device):
+            notes = polymoe.explain("experts", **layer.arguments, mode="fp8", backend="triton").notes
+        assert any("decoded to bfloat16" in note for note in notes) == (device == DECODING), notes
+    assert any("fp8" in note for note in notes)
 
 
 @pytest.mark.parametrize("name", ["fp8_block32", "fp8_block128", "mxfp8"])
@@ -115,8 +188,12 @@ def test_grouped_mm_means_code_times_scale(name, seed):
 
 @pytest.mark.parametrize("name", ["mxfp4", "fp8_block32", "int4_g32"])
 def test_gradients(name, seed):
-    """The forward keeps what the reference's backward through the weights needs."""
     test_quantized.test_gradients_of_every_backend(name, seed)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_gradients_of_rows(name, seed):
+    test_quantized_kernels.test_gradients_of_rows(name, TRITON, seed)
 
 
 def test_opcheck(seed):
@@ -175,21 +252,26 @@ def test_a_narrow_reduction(seed):
     random = Random(seed)
     for name in NAMES:
         weight = weight_of(name, random.integers(0, 16, 1, 3, 5), random)
-        a = random.normal(4, 5)
-        assert relative_frobenius(multiply(a, weight, TRITON), a.double() @ dequantized(weight)[0].mT) < 1e-6
+        a, numbers = random.normal(4, 5).double(), dequantized(weight)[0].mT
+        bound = dot_error(a.abs() @ numbers.abs(), 5 + 3, F32)  # and roundings of a scale, a product and a sum
+        assert_within(multiply(a.float(), weight, TRITON), a @ numbers, bound, name)
 
 
-def test_tf32_rounds_the_rows_alone(seed):
+@pytest.mark.parametrize("name", NAMES)
+def test_tf32_rounds_the_rows_alone(name, seed):
     """Codes are tf32 numbers, and scales multiply float32 sums."""
     random, matmul = Random(seed), torch.backends.cuda.matmul
-    weight: Weight = weight_of("mxfp8", random.integers(0, 0x7F, 1, 9, 96), random)
-    a = random.integers(-1000, 1000, 5, 96).float()  # tf32 holds them
+    codes = random.integers(0, min(test_quantized_kernels.CODES[test_quantized_kernels.family(name)], 0x7F), 1, 9, 96)
+    weight, a = weight_of(name, codes, random), random.normal(5, 96)
     before, matmul.fp32_precision = matmul.fp32_precision, "tf32"
     try:
         out = multiply(a, weight, TRITON)
     finally:
         matmul.fp32_precision = before
-    assert_same_bits(out, multiply(a, weight, TRITON), "tf32")
+    bits = a.view(torch.int32)
+    nearest = (bits + 0xFFF + (bits >> 13 & 1) & ~0x1FFF).view(F32)
+    assert_same_bits(out, multiply(nearest, weight, TRITON), "tf32")
+    assert not torch.equal(out, multiply(a, weight, TRITON))
 
 
 @pytest.mark.parametrize(("family", "arithmetic"), sorted(RULES))
@@ -211,6 +293,5 @@ def test_what_is_served():
             assert declined(find("triton"), Problem(op, "cpu", BF16, tuple(options.values()))) is None
         by_128 = OPS[op].options | {"weight_format": "int8", "mode": "int8_g128"}
         assert "in groups of 32" in declined(find("triton"), Problem(op, "cpu", BF16, tuple(by_128.values())))
-    layer = test_quantized.Layer("mxfp4", 0)
-    found = polymoe.explain("experts", **layer.arguments, backend="triton")
-    assert any("gradients through quantised weights are the reference's" in note for note in found.notes)
+    for name in NAMES:
+        assert declined(find("triton"), Problem("quantized_backward", "cpu", BF16, (name,))) is None

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 # Each is the function of that name in the module of that name in kernels/.
 KERNELS = ("activate", "combine", "dispatch", "experts", "gate", "grouped_mm", "plan")
-GRADIENT_KERNELS = ("activate_backward", "down_backward", "gate_backward", "row_dot")
+GRADIENT_KERNELS = ("activate_backward", "down_backward", "gate_backward", "quantized_backward", "row_dot")
 
 # Triton decides between compiler and interpreter where a kernel is defined, so it is decided once here too.
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "yes", "on", "y")
@@ -63,8 +63,12 @@ class TritonBackend:
     def notes(self, op: str, problem: Problem, arguments: Mapping[str, Any]) -> list[str]:
         """Remarks for explain(): what on this path costs extra."""
         notes = ["it runs in Triton's interpreter, which is for tests and very slow"] if INTERPRETED else []
-        if problem.option.get("weight_format", "plain") != "plain":
-            notes.append("gradients through quantised weights are the reference's: the host waits for the device")
+        if problem.option.get("mode") == "fp8":
+            from polymoe.kernels import devices, tiles
+
+            family = devices.current(next(iter(arguments.values())).device).family
+            if not tiles.offers_scaled(family):
+                notes.append(f"{family} has no scaled matrix instructions: codes are decoded to bfloat16")
         return notes
 
 

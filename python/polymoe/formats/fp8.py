@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from polymoe.formats.codes import E4M3_MAX, round_up_to_e8m0, to_e4m3
-from polymoe.formats.weight import EXPONENTS, Format, Weight
+from polymoe.formats.weight import EXPONENTS, MODES, Format, Weight
 from polymoe.ops import _check as check_that
 
 BLOCKS = (32, 64, 128)
@@ -76,6 +76,7 @@ class Mxfp8(Format):
     block = (1, 32)
     data_dtypes = (torch.float8_e4m3fn,)
     scale_dtypes = EXPONENTS
+    modes = (MODES[0], "fp8")
     FLOOR = E4M3_MAX * 2.0**-126
 
     def codes(self, weight: Weight) -> Tensor:

@@ -71,7 +71,8 @@ class Weight:
 
 
 # How products are computed, see the argument `mode` of polymoe.experts.
-MODES = ("weight_only", "int8", "int8_g128")
+MODES = ("weight_only", "int8", "int8_g128", "fp8")
+INT8_MODES = MODES[:3]
 
 
 class Format(ABC):
@@ -81,7 +82,7 @@ class Format(ABC):
     name   as in the `weight_format` argument of polymoe.experts
     block  rows and columns that share a scale; None: the whole row
     modes  that polymoe.experts and polymoe.grouped_mm compute with: those of integers are for codes that are small
-           integers, up to a factor
+           integers, up to a factor; "fp8" is for the microscaling formats
     """
 
     data_dtypes: ClassVar[tuple[torch.dtype, ...]]

@@ -26,7 +26,7 @@ class QuantizedExperts(nn.Module):
         gate_up, down: weights [E,2I,H] ([E,I,H] with an ungated activation) and [E,H,I] of one format of
             polymoe.formats; their tensors are kept, not copied.
         gate_up_bias [E,2I], down_bias [E,H]: None, or parameters.
-        mode: "weight_only", "int8" or "int8_g128", see `polymoe.experts`.
+        mode: "weight_only", "int8", "int8_g128" or "fp8", see `polymoe.experts`.
         activation, alpha, limit, interleaved, weight_placement: as in `Experts`.
         dtype: of the modules that `MoE` builds beside these experts; x may be of any that `polymoe.experts` takes.
 

@@ -20,8 +20,10 @@ def check_options(
     check_that.choice(op, "weight_format", weight_format, (*accepted, *QUANTIZED))
     check_that.choice(op, "mode", mode, MODES)
     if weight_format in QUANTIZED:
-        if mode not in FORMATS[weight_format].modes:
-            check_that.fail(op, "mode", f'"weight_only" for {weight_format}', f'"{mode}"')
+        modes = FORMATS[weight_format].modes
+        if mode not in modes:
+            own = " or ".join(f'"{each}"' for each in modes)
+            check_that.fail(op, "mode", f"{own} for {weight_format}", f'"{mode}"')
         return
     if mode != "weight_only":
         check_that.fail(op, "mode", f'"weight_only" for {weight_format} weights', f'"{mode}"')

@@ -228,7 +228,9 @@ def experts(
         mode: how products with quantised weights are computed. "weight_only": x as it is; a weight counts as code times
             scale, without any rounding. "int8": what is multiplied is rounded once per token to 8-bit integers in
             groups of 32 with a scale each, for mxfp4, int8 and int4 weights; faster, and less accurate. "int8_g128":
-            the same in groups of 128. `modes` of a format says which it has.
+            the same in groups of 128. "fp8": rounded to MXFP8, as polymoe.formats.Mxfp8 does, for mxfp4 and mxfp8
+            weights, which GPUs with scaled matrix instructions multiply as stored. `modes` of a format says which it
+            has; the cpu backend has no "fp8".
         gate_up_lora_a, gate_up_lora_b: [E, r, H] and [E, 2I, r] ([E, I, r] ungated) of x's dtype, with any strides: an
             adapter (LoRA), which adds lora_scale * b[e] @ a[e] to gate_up[e] of [2I, H], in its row order, before the
             activation. down_lora_a, down_lora_b: [E, r, I] and [E, H, r], the same for down. Either pair alone will do.

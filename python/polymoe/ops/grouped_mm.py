@@ -197,8 +197,8 @@ def grouped_mm(
             has 3 dimensions and is the transposed view of the format's data for a weight [G, N, D], see
             polymoe.formats. It takes no gradient, but a and bias do.
         scale, zero: scales and zero points as the format documents them; for quantised weights only.
-        mode: for quantised weights, see polymoe.experts: "weight_only", or "int8" or "int8_g128" for rows of a
-            rounded to 8-bit integers first.
+        mode: for quantised weights, see polymoe.experts: "weight_only", or "int8", "int8_g128" or "fp8" for rows
+            of a rounded to 8 bits first.
         lora_a, lora_b: [G, r, D] and [G, N, r] of a's dtype, with any strides, where rows of a are cut: an adapter,
             which adds lora_scale * (a @ lora_a[g]^T) @ lora_b[g]^T. a @ lora_a^T is rounded to a's dtype; the sum with
             the other product is float32, and rounded once.

@@ -28,3 +28,16 @@ def in_int8(rows: Tensor, group: int) -> Tensor:
     codes = (groups * (127 / usable)).round()
     scale = (usable / 127).where(largest.isfinite(), torch.nan)
     return (codes.double() * scale.double()).flatten(-2)[..., :D]
+
+
+def in_fp8(rows: Tensor) -> Tensor:
+    """The rows [..., D] as the mode "fp8" multiplies them: as polymoe.formats.Mxfp8 rounds them; a group that holds
+    infinity or NaN becomes NaN."""
+    from polymoe.formats import Mxfp8  # see `expert`
+
+    rows = rows.float()
+    finite = rows.isfinite()
+    format, D = Mxfp8(), rows.shape[-1]
+    weight = format.quantize(rows.where(finite, 0).reshape(-1, D))
+    spoilt = format.spread(format.largest((~finite).float().reshape(-1, D)), *weight.shape) > 0
+    return format.dequantize(weight, torch.float64).masked_fill(spoilt, torch.nan).view(rows.shape)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from polymoe.reference._arithmetic import arithmetic_dtype
-from polymoe.reference._quantized import INT8_GROUPS, expert, in_int8
+from polymoe.reference._quantized import INT8_GROUPS, expert, in_fp8, in_int8
 from polymoe.reference.pack_weight import unpack
 
 
@@ -64,7 +64,7 @@ def _quantized(
 ) -> Tensor:
     """Weights [G, N, D] that are given as their data [G, width, N]; in float64, a group at a time."""
     data, D = b.mT, a.shape[-1]
-    rows = in_int8(a, INT8_GROUPS[mode]) if mode in INT8_GROUPS else a.double()
+    rows = in_fp8(a) if mode == "fp8" else in_int8(a, INT8_GROUPS[mode]) if mode in INT8_GROUPS else a.double()
     out = rows.new_zeros((*a.shape[:-1], b.shape[-1]))
     for g, part in enumerate(parts(offs, a.shape[0])):
         weight = expert(data, scale, zero, weight_format, D, g)

@@ -9,12 +9,11 @@ What `repair` changes in the interpreter of Triton 3.9, whose private functions 
   float8 saturates, as Triton's own casts do.
 - tl.dot and tl.sum leave the order of a sum to numpy, which chooses it by the shape. Here both add in ascending order,
   one product after the other, so that equal bits prove an equal order. Operands of a tf32 dot are rounded to tf32.
+- tl.dot_scaled rounds nothing but its float32 sum, in the same order: scales are powers of two.
 - Every call of a device function patches the language anew, which costs more than the arithmetic. Here it is patched
   once, for the rest of the process.
 - Integer arithmetic is computed a second time in 64 bits, to check for overflow, but the check is off. So is this here.
 - NumPy's warnings of overflow and invalid operations are off inside kernels: GPUs have none.
-
-tl.dot_scaled is left as it is.
 """
 
 from __future__ import annotations
@@ -127,6 +126,26 @@ def _dot(
     return packed(total, dtype) if dtype in _PACKED else TensorHandle(total.astype(start.data.dtype), dtype)
 
 
+def _dot_scaled(
+    builder: InterpreterBuilder,
+    a: TensorHandle,
+    a_scale: TensorHandle,
+    a_format: Any,
+    b: TensorHandle,
+    b_scale: TensorHandle,
+    b_format: Any,
+    fast_math: bool,
+    a_packed_along_k: bool,
+    b_packed_along_k: bool,
+    start: TensorHandle,
+) -> TensorHandle:
+    operand = interpreter._prepare_dot_scaled_operand
+    x = operand(a, a_scale, a_format, a_packed_along_k, tl.bfloat16, is_rhs=False)
+    y = operand(b, b_scale, b_format, b_packed_along_k, tl.bfloat16, is_rhs=True)
+    left, right = (TensorHandle(part.astype(np.float32), tl.float32) for part in (x, y))
+    return _dot(builder, left, right, start, None, 0)
+
+
 def _sum(stock: Callable[..., tl.tensor]) -> Callable[..., tl.tensor]:
     def compute(reduction: interpreter.ReduceOps, tensor: tl.tensor) -> tl.tensor:
         if not tensor.dtype.is_floating():
@@ -190,6 +209,7 @@ def repair() -> None:
         setattr(builder, name, _cast(getattr(builder, name)))
     builder.create_fma = _fma(builder.create_fma)
     builder.create_dot = _dot
+    builder.create_dot_scaled = _dot_scaled
     interpreter.ReduceOps.sum = _sum(interpreter.ReduceOps.sum)
     interpreter.ReduceOps.apply_impl = _reduce(interpreter.ReduceOps.apply_impl)
     interface = interpreter.ReduceScanOpInterface
