@@ -3,6 +3,7 @@
 // a step of a row into such operands, exactly; the scale of a block is left to whoever adds up its products.
 //
 //   step               elements of the reduction taken at a time
+//   below(codes, largest, adjust)  `adjust` of the groups of a block from their scales' codes and the largest of them
 //   decode(p, adjust)  a step of a row, from p; `adjust` is 4 bytes that make it relative to its block:
 //                        mxfp4, mxfp8: what a group of 32 is below the largest of its block: a factor 2^-n for Wide,
 //                        n << 7 twice for Dot; int4: the zero point, as a float or as a word twice; else nothing
@@ -29,6 +30,10 @@ inline int64_t matrix_row(const Weights& w, int64_t j) {
 
 // Powers of two that the groups of a block may differ by; groups further below count as that far below.
 constexpr int kSpread = 110;
+
+constexpr int64_t kGroup = 32;   // elements of a group of the MX formats
+constexpr int64_t kBlock = 512;  // elements of a block, where scales allow any
+constexpr int64_t kGroups = kBlock / kGroup;
 
 struct Wide {
   using Packed = float;
@@ -60,7 +65,12 @@ struct Wide {
     }
   }
 
-  static uint32_t below(int n) { return uint32_t(127 - n) << 23; }
+  static void below(const uint8_t* codes, uint8_t largest, uint32_t* adjust) {
+    for (int64_t i = 0; i < kGroups; ++i) {
+      const int n = largest - codes[i];
+      adjust[i] = uint32_t(127 - (n < kSpread ? n : kSpread)) << 23;
+    }
+  }
   static uint32_t zero_point(int zero) { return float_bits(float(zero)); }
 };
 
@@ -277,7 +287,12 @@ struct Dot {
 
   static void pack(const bf16* p, char* out) { store(out, load(reinterpret_cast<const char*>(p))); }
 
-  static uint32_t below(int n) { return uint32_t(n << 7) * 0x10001u; }
+  static void below(const uint8_t* codes, uint8_t largest, uint32_t* adjust) {
+    static_assert(kGroups == 16);
+    const __m512i code = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(codes)));
+    const __m512i n = _mm512_min_epi32(_mm512_sub_epi32(_mm512_set1_epi32(largest), code), _mm512_set1_epi32(kSpread));
+    _mm512_storeu_si512(adjust, _mm512_or_si512(_mm512_slli_epi32(n, 7), _mm512_slli_epi32(n, 23)));
+  }
   static uint32_t zero_point(int zero) { return uint32_t(zero) * 0x10001u; }
 };
 

@@ -7,14 +7,13 @@
 //
 // For few rows of A a step of weights is decoded in registers where it is used. For more it is decoded into a panel
 // first, once for all rows. Both add the same numbers in the same order.
-#include "../formats/quantized.h"
+#include "../formats/scales.h"
+#include "amx_gemm.h"
 #include "gemm_kernel.h"
 
 namespace polymoe::POLYMOE_LEVEL {
 namespace {
 
-constexpr int64_t kGroup = 32;   // of the MX formats
-constexpr int64_t kBlock = 512;  // elements of a block, where scales allow any
 constexpr int kMaxColumns = 8;
 
 // Tile shapes: columns for a group of 1, 2, 3, 4 rows, where weights are decoded in registers, and for any group, where
@@ -155,74 +154,15 @@ Tile tile_of(int rows, bool full) {
   return tiles[full][rows - 1];
 }
 
-// Elements that a block takes: those that share a scale, or any number, since then the groups of a block are taken
-// relative to one another, or the whole row shares one.
-template <class C>
-int64_t block_of(const QuantizedMatrix& m) {
-  return C::adjust == Adjust::groups || m.scale_columns == 0 ? kBlock : m.scale_columns;
-}
-
-constexpr int64_t kGroups = kBlock / kGroup;
-
-// Of kGroups codes.
-uint8_t largest_of(const uint8_t* codes) {
-#if defined(POLYMOE_LEVEL_PORTABLE)
-  uint8_t largest = 0;
-  for (int i = 0; i < kGroups; ++i) largest = codes[i] > largest ? codes[i] : largest;
-  return largest;
-#else
-  __m128i v = _mm_loadu_si128(reinterpret_cast<const __m128i*>(codes));
-  v = _mm_max_epu8(v, _mm_srli_si128(v, 8));
-  v = _mm_max_epu8(v, _mm_srli_si128(v, 4));
-  v = _mm_max_epu8(v, _mm_srli_si128(v, 2));
-  v = _mm_max_epu8(v, _mm_srli_si128(v, 1));
-  return uint8_t(_mm_cvtsi128_si32(v));
-#endif
-}
-
-// The largest scale of a block of groups is its multiplier; the groups get what they are below it.
-template <class A>
-float prepare_block(const uint8_t* codes, uint32_t* adjust) {
-  const int largest = largest_of(codes);
-  for (int i = 0; i < kGroups; ++i) {
-    const int below = largest - codes[i];
-    adjust[i] = A::below(below < kSpread ? below : kSpread);
-  }
-  return from_e8m0(uint8_t(largest));
-}
-
-template <class A>
-void prepare_groups(const uint8_t* scales, int64_t groups, float* multiplier, uint32_t* adjust) {
-  int64_t begin = 0;
-  for (; begin + kGroups <= groups; begin += kGroups) *multiplier++ = prepare_block<A>(scales + begin, adjust + begin);
-  if (begin == groups) return;
-  uint8_t last[kGroups] = {};
-  for (int64_t i = begin; i < groups; ++i) last[i - begin] = scales[i];
-  *multiplier = prepare_block<A>(last, adjust + begin);
-}
-
 // Scales and zero points of row n as tiles take them. False if one of these is beyond what C decodes in registers.
 template <class A, class C>
 bool prepare(const QuantizedMatrix& m, int64_t n, int64_t blocks, int64_t d, float* multiplier, uint32_t* adjust) {
-  const char* const scale = m.scale + n / m.scale_rows * m.scale_stride;
-  if (C::adjust == Adjust::groups) {
-    prepare_groups<A>(reinterpret_cast<const uint8_t*>(scale), (d + kGroup - 1) / kGroup, multiplier, adjust);
-    return true;
-  }
-  for (int64_t b = 0; b < blocks; ++b) {
-    const int64_t at = m.scale_columns == 0 ? 0 : b;
-    if (m.exponents)
-      multiplier[b] = from_e8m0(uint8_t(scale[at]));
-    else
-      __builtin_memcpy(multiplier + b, scale + at * 4, 4);
-  }
+  constexpr int64_t per_block = C::adjust == Adjust::groups ? kGroups : 1;
+  const RowScales row(m, n);
+  for (int64_t b = 0; b < blocks; ++b) multiplier[b] = prepare_block<A, C>(m, row, b, d, adjust + b * per_block);
   bool in_registers = true;
   if constexpr (C::adjust == Adjust::blocks)
-    for (int64_t b = 0; b < blocks; ++b) {
-      const int zero = m.zero ? uint8_t(m.zero[n * m.zero_stride + b]) : 8;
-      in_registers &= zero <= C::last_zero;
-      adjust[b] = A::zero_point(zero);
-    }
+    for (int64_t b = 0; row.zero && b < blocks; ++b) in_registers &= row.zero[b] <= C::last_zero;
   return in_registers;
 }
 
@@ -233,8 +173,7 @@ struct Workspace {
   int64_t panel_row;
 
   explicit Workspace(int64_t d)
-      : factors((d + kBlock - 1) / kBlock * (kBlock / kGroup)),
-        panel_row((d + A::step - 1) / A::step * Paneled<A>::bytes) {}
+      : factors((d + kBlock - 1) / kBlock * kGroups), panel_row((d + A::step - 1) / A::step * Paneled<A>::bytes) {}
 
   int64_t bytes() const { return kMaxColumns * (2 * factors * 4 + panel_row); }
   char* panel(char* base, int j) const { return base + j * panel_row; }
@@ -323,7 +262,7 @@ void decode_elements(const QuantizedMatrix& m, int64_t n, int64_t begin, int64_t
       __builtin_memcpy(&scale, scales + block * 4, 4);
     const uint32_t adjust = C::adjust == Adjust::blocks
                                 ? Wide::zero_point(m.zero ? uint8_t(m.zero[n * m.zero_stride + block]) : 8)
-                                : Wide::below(0);
+                                : float_bits(1);
     const VF factor = set<VF>(scale);
     for (; at + step <= until; at += step, out += step) {
       const Wide::X x = C::decode(data + at * C::bits / 8, adjust);
@@ -380,8 +319,16 @@ using ForBf16 = Wide;
 #endif
 
 template <template <class> class Codec>
-constexpr GemmTable table = {
-    {&kernel<Wide, Codec, float>, &kernel<ForBf16, Codec, bf16>, &kernel<Wide, Codec, f16>, nullptr}};
+constexpr const GemmKernel* kBf16 = &kernel<ForBf16, Codec, bf16>;
+#if defined(POLYMOE_LEVEL_AMX)
+template <>
+constexpr const GemmKernel* kBf16<Mxfp4> = &mxfp4_bf16;
+template <>
+constexpr const GemmKernel* kBf16<Int8> = &int8_bf16;
+#endif
+
+template <template <class> class Codec>
+constexpr GemmTable table = {{&kernel<Wide, Codec, float>, kBf16<Codec>, &kernel<Wide, Codec, f16>, nullptr}};
 
 }  // namespace
 
