@@ -355,10 +355,7 @@ void run_experts(const ExpertsArguments& args, const ChunkPlan& plan) {
   const int64_t total = plan.offsets[args.experts];
   const int threads = worthwhile_threads(num_threads(), total, (args.halves() + 1) * args.intermediate * args.hidden);
   const int64_t row_bytes = Panel::row_bytes(gemm, args.intermediate);
-  // Packed weights pass over a slice of the reduction at a time, so the rows may be long.
-  const int64_t resident = args.format == WeightFormat::packed
-                               ? Panel::row_bytes(gemm, kSlice)
-                               : std::max(row_bytes, Panel::row_bytes(gemm, args.hidden));
+  const int64_t resident = Panel::resident_bytes(gemm, std::max(args.intermediate, args.hidden));
 
   Layer layer{args, plan, table, gemm, size_of(args.dtype), accumulator_size(args.dtype), {}, nullptr, nullptr};
   layer.blocks = cut_rows(plan.offsets, args.experts, block_rows(resident, cache_sizes().l2));

@@ -4,6 +4,7 @@
 
 #include <ATen/core/Tensor.h>
 
+#include <algorithm>
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
@@ -72,6 +73,10 @@ class Panel {
 
   static int64_t row_bytes(const GemmKernel& kernel, int64_t d) {
     return ceil_div(d, kernel.step) * kernel.step * kernel.packed_size;
+  }
+  // Of a row of `d` elements, what the caches should hold while it is multiplied.
+  static int64_t resident_bytes(const GemmKernel& kernel, int64_t d) {
+    return row_bytes(kernel, kernel.slice ? std::min(d, kernel.slice) : d);
   }
   int64_t bytes() const { return rows_ * row_bytes_; }
 

@@ -108,10 +108,8 @@ class Worker {
   static int64_t target_columns(const Types& types, int64_t d) {
     return types.copies_panels ? d <= kShort ? 256 : 512 : 192;
   }
-  // Columns are copied, and pass over all rows, a slice of the reduction at a time.
   static int64_t rows_of_block(const LevelTable& table, const Types& types, int64_t d) {
-    const int64_t resident = types.copies_panels ? std::min(d, kSlice) : d;
-    return block_rows(Panel::row_bytes(gemm_kernel(table, types.multiplied(), types.in), resident), cache_sizes().l2);
+    return block_rows(Panel::resident_bytes(gemm_kernel(table, types.multiplied(), types.in), d), cache_sizes().l2);
   }
 
   // `next`: the first weight of the call that will follow, or null.

@@ -278,8 +278,8 @@ void multiply_columns(const char* a, int64_t m, const char* w, int64_t stride, i
 
 }  // namespace
 
-const GemmKernel packed_bf16 = {kStep,           sizeof(bf16), kMaxRows,     int(kPanel),      pack_left,
-                                multiply_packed, nullptr,      pack_columns, multiply_columns, column_workspace};
+const GemmKernel packed_bf16 = {kStep,   sizeof(bf16), kMaxRows,         int(kPanel),      pack_left, multiply_packed,
+                                nullptr, pack_columns, multiply_columns, column_workspace, nullptr,   kSlice};
 
 }  // namespace polymoe::POLYMOE_LEVEL
 #endif

@@ -40,7 +40,7 @@ constexpr bool rounds_to_int8(WeightFormat format) { return format >= WeightForm
 // multiple of the step, the last element of each of the c columns follows.
 constexpr int64_t kPanel = 32;
 
-// Elements of the reduction, at most, that a packed kernel takes through all of a call's rows and columns at a time.
+// GemmKernel::slice of packed weights.
 constexpr int64_t kSlice = 512;
 
 // A quantised matrix [N, D]: strides in bytes from a row to the next.
@@ -100,6 +100,10 @@ struct GemmKernel {
   // Elements [begin, begin + count) of row n of a quantised matrix as f32, code times scale; `begin` is a multiple of
   // 32. Null for other weights, and where A is rounded.
   void (*decode)(const QuantizedMatrix& m, int64_t n, int64_t begin, int64_t count, float* out) = nullptr;
+
+  // Elements of the reduction, at most, that `multiply` takes through all of a call's rows and columns at a time; 0: it
+  // takes whole rows.
+  int64_t slice = 0;
 };
 
 // nullptr where the level has no kernel for the dtype (f64 above the portable level).

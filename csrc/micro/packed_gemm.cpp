@@ -376,9 +376,15 @@ void pack_rows(const char* const* rows, int64_t count, int64_t d, char* out) {
 }
 
 template <class F>
-constexpr GemmKernel kernel = {
-    F::step, int(F::packed_lanes * sizeof(typename F::Sum)) / F::step, kMaxRows, int(kPanel), pack_rows<F>, multiply<F>,
-    nullptr};
+constexpr GemmKernel sliced() {
+  constexpr int packed_size = int(F::packed_lanes * sizeof(typename F::Sum)) / F::step;
+  GemmKernel kernel{F::step, packed_size, kMaxRows, int(kPanel), pack_rows<F>, multiply<F>};
+  kernel.slice = kSlice;
+  return kernel;
+}
+
+template <class F>
+constexpr GemmKernel kernel = sliced<F>();
 
 }  // namespace
 

@@ -107,33 +107,51 @@ const char* weight_row(const Weights& w, int64_t j) {
   return j < w.split ? w.first + j * w.stride : w.second + (j - w.split) * w.stride;
 }
 
+// The order in which blocks of W are taken, strips of rows by blocks of the reduction. A block along the reduction
+// passes over all strips before the next one where the rows of A are many: their slice stays in the L2 cache.
+struct Walk {
+  int64_t strips, blocks;
+  bool slices;
+
+  int64_t count() const { return strips * blocks; }
+  int64_t strip(int64_t i) const { return slices ? i % strips : i / blocks; }
+  int64_t block(int64_t i) const { return slices ? i / strips : i % blocks; }
+};
+
 template <class F>
 void multiply(const char* a, int64_t m, const Weights& w, int64_t n, int64_t d, void* c, int64_t ldc) {
+  constexpr int64_t w_bytes = F::step * int64_t(sizeof(typename F::Stored));
   const RowGroups groups(m, kMaxRows<F>);
   if (groups.count == 0 || n == 0) return;
   const int64_t all = (d + F::step - 1) / F::step;
   const int64_t row_bytes = all * F::step * int64_t(sizeof(typename F::Packed));
   const RowGroups strips(n, kColumns[groups.rows(0) - 1]);  // even, for the same reason as row groups are
-  for (int64_t strip = 0; strip < strips.count; ++strip) {
-    const int64_t j0 = strips.first_row(strip);
+  const int64_t blocks = all > kBlockSteps<F> ? (all + kBlockSteps<F> - 1) / kBlockSteps<F> : 1;
+  const Walk walk{strips.count, blocks, groups.count > 1};
+  for (int64_t i = 0; i < walk.count(); ++i) {
+    const int64_t strip = walk.strip(i), j0 = strips.first_row(strip), begin = walk.block(i) * kBlockSteps<F>;
     const int columns = strips.rows(strip);
-    const bool last = strip + 1 == strips.count;
-    const int64_t ahead = !last ? strips.rows(strip + 1) : w.next ? strips.rows(0) : 0;
     const char* rows[kMaxColumns];
     for (int j = 0; j < columns; ++j) rows[j] = weight_row(w, j0 + j);
-    // Blocks outside the row groups, so that a block of these weights stays in the L1 cache for all of them.
-    for (int64_t begin = 0; begin == 0 || begin < all; begin += kBlockSteps<F>) {
-      const bool finish = begin + kBlockSteps<F> >= all;
-      const Steps steps{begin, finish ? d / F::step : begin + kBlockSteps<F>, finish ? int(d % F::step) : 0};
-      for (int64_t group = 0; group < groups.count; ++group) {
-        Prefetch next{{}, 0};
-        const int64_t stop = (group + 1) * ahead / groups.count;
-        for (int64_t j = group * ahead / groups.count; j < stop; ++j)
-          next.row[next.count++] = last ? w.next + j * w.stride : weight_row(w, j0 + columns + j);
-        const int64_t first = groups.first_row(group);
-        tile_of<F>(groups.rows(group), columns)(a + first * row_bytes, rows, steps,
-                                                static_cast<typename F::Sum*>(c) + first * ldc + j0, ldc, next);
-      }
+    // What these steps of the next strip's rows are fetched from: after the last strip the first one's next block, or
+    // the next call's first.
+    const bool last = strip + 1 == strips.count, final = walk.block(i) + 1 == blocks;
+    const bool goes_on = walk.slices && !final;
+    const auto row_ahead = [&](int64_t j) {
+      if (!last) return weight_row(w, j0 + columns + j);
+      return goes_on ? weight_row(w, j) + kBlockSteps<F> * w_bytes
+                     : w.next + j * w.stride - (walk.slices ? begin * w_bytes : 0);
+    };
+    const int64_t ahead = !last ? strips.rows(strip + 1) : goes_on || w.next ? strips.rows(0) : 0;
+    const Steps steps{begin, final ? d / F::step : begin + kBlockSteps<F>, final ? int(d % F::step) : 0};
+    // Row groups inside, so that a block of these weights stays in the L1 cache for all of them.
+    for (int64_t group = 0; group < groups.count; ++group) {
+      Prefetch next{{}, 0};
+      const int64_t stop = (group + 1) * ahead / groups.count;
+      for (int64_t j = group * ahead / groups.count; j < stop; ++j) next.row[next.count++] = row_ahead(j);
+      const int64_t first = groups.first_row(group);
+      tile_of<F>(groups.rows(group), columns)(a + first * row_bytes, rows, steps,
+                                              static_cast<typename F::Sum*>(c) + first * ldc + j0, ldc, next);
     }
   }
 }
@@ -153,7 +171,14 @@ void pack_rows(const char* const* rows, int64_t count, int64_t d, char* out) {
 }
 
 template <class F>
-constexpr GemmKernel kernel = {F::step, sizeof(typename F::Packed), kMaxRows<F>, 1, pack_rows<F>, multiply<F>, nullptr};
+constexpr GemmKernel sliced() {
+  GemmKernel kernel{F::step, sizeof(typename F::Packed), kMaxRows<F>, 1, pack_rows<F>, multiply<F>};
+  kernel.slice = kBlockSteps<F> * F::step;
+  return kernel;
+}
+
+template <class F>
+constexpr GemmKernel kernel = sliced<F>();
 
 }  // namespace
 
