@@ -72,7 +72,8 @@ class Strip {
   alignas(64) char panel_[kPanelSteps * kStepBytes];
 };
 
-void multiply_strip(const Rows& rows, Strip& strip, int64_t count, int64_t column, Configured& configured) {
+[[gnu::nothrow]] void multiply_strip(const Rows& rows, Strip& strip, int64_t count, int64_t column,
+                                     Configured& configured) {
   Transposed sums[kGroupsTogether];
   for (int64_t from = 0; from < rows.groups.count; from += kGroupsTogether) {
     const int64_t to = from + kGroupsTogether < rows.groups.count ? from + kGroupsTogether : rows.groups.count;
