@@ -50,6 +50,18 @@ def calls(op):
             (empty(S, H), empty(E, I, H).mT, empty(S, I), offs, row_slot, slot_row, "relu2"),
         ],
         "gate_backward": [(logits, weights, ids, "softmax", bias, "max"), (logits, weights, ids, "sigmoid")],
+        "quantized_backward": [
+            (
+                empty(S, I),
+                empty(E, I, H // 2, dtype=torch.uint8),
+                empty(E, I, H // 32, dtype=torch.uint8),
+                None,
+                offs,
+                H,
+                "mxfp4",
+            ),
+            (empty(S, I), empty(E, I, H, dtype=torch.int8), empty(E, I, dtype=F32), None, offs, H, "int8"),
+        ],
         "row_dot": [(empty(T, H), empty(S, H, dtype=F32), slot_row)],
         "activate": [(empty(S, 2 * I), "swiglu", None, None, True, row_slot, weights, F32), (empty(S, I), "relu2")],
         "combine": [(empty(S, H), slot_row), (empty(S, H), slot_row, weights, F32)],
