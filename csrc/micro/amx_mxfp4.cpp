@@ -28,14 +28,13 @@ class Strip {
   static constexpr int64_t bytes = kStep * C::bits / 8;
 
   // `next`: where the weights begin that will be read next.
-  Strip(const Weights& w, int64_t column, int64_t count, int64_t d, const char* next)
-      : matrix_(*w.matrix), d_(d), ahead_(next - (matrix_.data + matrix_row(w, column) * matrix_.data_stride)) {
+  Strip(const Weights& w, int64_t column, int64_t count, int64_t d, const char* next) : matrix_(*w.matrix), d_(d) {
     for (int r = 0; r < kStripRows; ++r) {
       const int64_t row = matrix_row(w, column + (r < count ? r : count - 1));
       data_[r] = matrix_.data + row * matrix_.data_stride;
       scales_[r] = RowScales(matrix_, row);
     }
-    if (!next) ahead_ = 0;
+    ahead_ = next ? next - data_[0] : 0;
   }
 
   void begin_block(int64_t b) {
