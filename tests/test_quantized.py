@@ -102,7 +102,7 @@ def test_grouped_mm_means_code_times_scale(name: str, seed: int) -> None:
 
 @pytest.mark.parametrize(
     ("name", "mode"),
-    [(name, mode) for mode in formats.MODES[1:3] for name in NAMES if mode in formats.FORMATS[name].modes],
+    [(name, mode) for mode in ("int8", "int8_g128") for name in NAMES if mode in formats.FORMATS[name].modes],
 )
 def test_int8_rounds_what_is_multiplied(name: str, mode: str, seed: int) -> None:
     """Within half a step of 1/127 of the largest in each group."""

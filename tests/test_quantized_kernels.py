@@ -60,7 +60,7 @@ def multiply(a: Tensor, weight: Weight, target: Target, ends: Tensor | None = No
 
 
 # Every format in every mode that it has on a CPU.
-MODES = [(name, mode) for mode in formats.MODES[:3] for name in NAMES if mode in formats.FORMATS[name].modes]
+MODES = [(name, mode) for mode in formats.MODES for name in NAMES if mode in {*formats.FORMATS[name].modes} - {"fp8"}]
 INT8_MODES = [(name, mode) for name, mode in MODES if mode != "weight_only"]
 
 
@@ -106,7 +106,7 @@ def test_every_code_in_every_place_with_int8_activations(
             assert torch.equal(multiply(unit[some], weight, target, mode=mode), expected[some]), (dtype, rows)
 
 
-@pytest.mark.parametrize("mode", formats.MODES[1:3])
+@pytest.mark.parametrize("mode", ["int8", "int8_g128"])
 def test_int8_activations_that_are_not_finite(mode: str, target: Target, seed: int) -> None:
     """One such element makes its row NaN, and no other; zeros and the largest numbers stay what they are."""
     random = Random(seed)

@@ -1,4 +1,4 @@
-// The matmul kernel for quantised weights and bf16 on AMX tiles. Codes are decoded to bf16, exactly, into a panel that
+// The matmul kernel for mxfp4 weights and bf16 on AMX tiles. Codes are decoded to bf16, exactly, into a panel that
 // the L1 cache holds: the left operand of tile products for all rows of A. What a block of the reduction sums to is
 // multiplied by the scale that the block shares and added to the total, which is one fused multiply-add:
 //
@@ -21,8 +21,9 @@ constexpr int64_t kStepBytes = kStripRows * kLine;  // of a step of decoded weig
 constexpr int64_t kPiece = 4;                       // steps that are decoded together
 constexpr int64_t kGroupsTogether = 8;              // row groups whose totals wait while a block passes over them all
 
+using C = Mxfp4<Dot>;
+
 // Rows of W in two tiles; rows past `count` repeat the last one.
-template <class C>
 class Strip {
  public:
   static constexpr int64_t bytes = kStep * C::bits / 8;
@@ -48,18 +49,18 @@ class Strip {
       const char* const data = data_[r] + (block_ + from) * bytes;
 #pragma GCC unroll 2
       for (int64_t line = 0; line < kPiece * bytes; line += kLine) __builtin_prefetch(data + ahead_ + line, 0, 2);
-      const uint32_t* const adjust = adjust_[r] + (C::adjust == Adjust::groups ? from : 0);
+      const uint32_t* const adjust = adjust_[r] + from;
       char* const out = panel_ + r * kLine + from * kStepBytes;
       if (to - from == kPiece && (block_ + to) * kStep <= d_) {
 #pragma GCC unroll 4
-        for (int s = 0; s < kPiece; ++s) Dot::store(out + s * kStepBytes, decode(data + s * bytes, adjust, s));
+        for (int s = 0; s < kPiece; ++s) Dot::store(out + s * kStepBytes, C::decode(data + s * bytes, adjust[s]));
         continue;
       }
       for (int64_t s = from; s < to; ++s) {
         const int64_t left = d_ - (block_ + s) * kStep;
         char step[bytes] = {};
         __builtin_memcpy(step, data + (s - from) * bytes, left < kStep ? size_t(left * C::bits + 7) / 8 : bytes);
-        Dot::store(out + (s - from) * kStepBytes, decode(step, adjust, s - from));
+        Dot::store(out + (s - from) * kStepBytes, C::decode(step, adjust[s - from]));
       }
     }
   }
@@ -126,13 +127,6 @@ class Strip {
   int64_t first_step() const { return block_; }
 
  private:
-  static __m512i decode(const char* data, const uint32_t* adjust, int64_t s) {
-    if constexpr (C::adjust == Adjust::blocks)
-      return C::decode_any(data, *adjust);
-    else
-      return C::decode(data, C::adjust == Adjust::groups ? adjust[s] : 0);
-  }
-
   const QuantizedMatrix& matrix_;
   const int64_t d_;
   int64_t ahead_;      // bytes from a row to the one that is asked for meanwhile
@@ -144,8 +138,7 @@ class Strip {
   alignas(64) char panel_[kBlock / kStep * kStepBytes];
 };
 
-template <class C>
-void multiply_strip(const Rows& rows, Strip<C>& strip, int64_t count, int64_t block, int64_t column,
+void multiply_strip(const Rows& rows, Strip& strip, int64_t count, int64_t block, int64_t column,
                     Configured& configured) {
   Transposed sums, totals[kGroupsTogether];
   for (int64_t from = 0; from < rows.groups.count; from += kGroupsTogether) {
@@ -177,15 +170,15 @@ void multiply_strip(const Rows& rows, Strip<C>& strip, int64_t count, int64_t bl
 }
 
 // The same with few rows, which are one group. Blocks whose groups are too far apart go through tiles.
-template <class C, int M>
-void multiply_few(const Rows& rows, const FewRows& x, Strip<C>& strip, int64_t count, int64_t block, int64_t column,
+template <int M>
+void multiply_few(const Rows& rows, const FewRows& x, Strip& strip, int64_t count, int64_t block, int64_t column,
                   Configured& configured) {
   VF total[kTiles][kFewRows];
   for (auto& of_tile : total)
     for (VF& v : of_tile) v = set<VF>(0);
   for (int64_t b = 0; b * block < rows.steps(); ++b) {
     const int64_t left = rows.steps() - b * block, steps = left < block ? left : block;
-    if (strip.template add_few<M>(b, x, steps, total)) continue;
+    if (strip.add_few<M>(b, x, steps, total)) continue;
     strip.begin_block(b);
     Transposed sums, totals;
     for (int64_t s = 0; s < steps; s += kPiece) strip.decode(0, kStripRows, s, s + kPiece < steps ? s + kPiece : steps);
@@ -209,7 +202,6 @@ void multiply_few(const Rows& rows, const FewRows& x, Strip<C>& strip, int64_t c
 }
 
 void multiply(const char* a, int64_t m, const Weights& w, int64_t n, int64_t d, void* c, int64_t ldc) {
-  using C = Mxfp4<Dot>;
   const Rows rows{a, RowGroups(m, kMaxRows), d, static_cast<float*>(c), ldc};
   if (trivial(rows, m, n)) return;
   Configured configured;
@@ -218,20 +210,20 @@ void multiply(const char* a, int64_t m, const Weights& w, int64_t n, int64_t d, 
   const auto strips = [&](auto&& run) {
     for (int64_t column = 0; column < n; column += kStripRows) {
       const int64_t count = n - column < kStripRows ? n - column : kStripRows, next = column + kStripRows;
-      Strip<C> strip(w, column, count, d, next < n ? matrix.data + matrix_row(w, next) * matrix.data_stride : w.next);
+      Strip strip(w, column, count, d, next < n ? matrix.data + matrix_row(w, next) * matrix.data_stride : w.next);
       run(strip, count, column);
     }
   };
   const auto few = [&](auto count_of_rows, const FewRows& x) {
-    strips([&](Strip<C>& strip, int64_t count, int64_t column) {
-      multiply_few<C, count_of_rows.value>(rows, x, strip, count, block, column, configured);
+    strips([&](Strip& strip, int64_t count, int64_t column) {
+      multiply_few<count_of_rows.value>(rows, x, strip, count, block, column, configured);
     });
   };
   if (m <= kFewRows) {
     const FewRows x(rows, w.workspace);
     if (x.narrow()) return m == 1 ? few(Index<1>{}, x) : m == 2 ? few(Index<2>{}, x) : few(Index<3>{}, x);
   }
-  strips([&](Strip<C>& strip, int64_t count, int64_t column) {
+  strips([&](Strip& strip, int64_t count, int64_t column) {
     multiply_strip(rows, strip, count, block, column, configured);
   });
 }

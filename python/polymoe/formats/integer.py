@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from polymoe.formats.codes import pack_nibbles, unpack_nibbles
-from polymoe.formats.weight import INT8_MODES, Format, Weight
+from polymoe.formats.weight import INTEGER_MODES, Format, Weight
 from polymoe.ops import _check as check_that
 
 GROUPS = (32, 64, 128)
@@ -30,7 +30,7 @@ class Int8(Format):
     block = (1, None)
     data_dtypes = (torch.int8,)
     scale_dtypes = (torch.float32,)
-    modes = INT8_MODES
+    modes = INTEGER_MODES
 
     def codes(self, weight: Weight) -> Tensor:
         return weight.data.float()
@@ -63,7 +63,7 @@ class Int4(Format):
 
     data_dtypes = (torch.uint8, torch.int8)
     scale_dtypes = (torch.float32,)
-    modes = INT8_MODES
+    modes = INTEGER_MODES
     codes_per_byte = 2
 
     def __post_init__(self) -> None:

@@ -72,7 +72,7 @@ class Weight:
 
 # How products are computed, see the argument `mode` of polymoe.experts.
 MODES = ("weight_only", "int8", "int8_g128", "fp8")
-INT8_MODES = MODES[:3]
+INTEGER_MODES = MODES[:3]  # of formats whose codes are small integers
 
 
 class Format(ABC):
