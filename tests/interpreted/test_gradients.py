@@ -1,6 +1,7 @@
 """The ops that gradients are made of, by the bodies of the conformance kit, and checked for bounds and races; and the
 gradients of experts as a whole."""
 
+import math
 from dataclasses import dataclass
 
 import pytest
@@ -17,7 +18,14 @@ from polymoe.kernels import _launch
 from polymoe.testing.cases import Random, name_of, routing
 from polymoe.testing.conformance import gradients
 from polymoe.testing.targets import Target
-from polymoe.testing.tolerances import FUNCTION_ERRORS, assert_same_bits, growth, relative_frobenius, unit_roundoff
+from polymoe.testing.tolerances import (
+    DEVIATIONS,
+    FUNCTION_ERRORS,
+    assert_same_bits,
+    growth,
+    relative_frobenius,
+    unit_roundoff,
+)
 from polymoe.testing.triton_checker import checked
 
 TRITON = Target("triton")
@@ -186,7 +194,14 @@ def test_down_backward_is_batch_invariant(case, seed):
 
 @pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
 def test_experts_are_as_precise_as_eager(dtype, seed):
-    on_every_backend.test_experts_are_as_precise_as_eager(dtype, TRITON, seed)
+    """The interpreter is too slow for 10^5 outputs. The norm of n independent errors varies by 1/sqrt(2n) of itself,
+    the quotient of two norms by 1/sqrt(n)."""
+    made, ids, grad, theirs, truth = on_every_backend.precision_problem(dtype, seed, tokens=96, experts=5, k=3)
+    ours = on_every_backend.layer_gradients(lambda *args: polymoe.experts(*args, backend="triton"), made, ids, grad)
+    for name, a, b, c in zip(("x", "gate_up", "down", "weights"), ours, theirs, truth, strict=True):
+        assert a.dtype == b.dtype
+        sampling = 1 + DEVIATIONS / math.sqrt(c.numel())
+        assert relative_frobenius(a, c) <= 1.05 * sampling * relative_frobenius(b, c), name
 
 
 @pytest.mark.parametrize("placement", ["output", "activation", "input"])
