@@ -111,7 +111,7 @@ def main() -> int:
     parser.add_argument("--out", type=Path, help="writes the table there too")
     own = parser.parse_args()
     options = train_tiny_moe.Options(steps=own.steps, hidden=own.hidden, **SIZES)
-    model = train_tiny_moe.make_model(options)
+    model = train_tiny_moe.make_model(options, "polymoe")
     train_tiny_moe.train({"polymoe": model}, options)
     lines = ["| experts | mode | bits a weight | perplexity a byte | over float32 |", "|---|---|---|---|---|"]
     print("\n" + "\n".join(lines))

@@ -2,16 +2,21 @@
 experts and once with polymoe's, step by step in turn: byte by byte on examples/data/kjv.txt, in float32, a few minutes
 on two cores.
 
-    python examples/train_tiny_moe.py [--steps 120] [--out train_tiny_moe.png]
+    python examples/train_tiny_moe.py [--steps 120] [--control] [--out train_tiny_moe.png]
 
 Prints the loss of both on the way and on held-out text, and tokens per second. With matplotlib it writes a picture:
 both loss curves, and the load of one layer's experts over time. The selection bias of the routers moves after each step
 against the load (auxiliary-loss-free balancing), as DeepSeek trains.
+
+The two losses drift apart, because training amplifies roundings and the sums of the two are rounded in another order.
+--control shows how far roundings alone take them: a third model, eager too, begins with one weight of each expert moved
+to the next float32 number.
 """
 
 from __future__ import annotations
 
 import argparse
+import math
 import statistics
 import sys
 import time
@@ -21,7 +26,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 from transformers import DeepseekV4Config, DeepseekV4ForCausalLM
-from transformers.models.deepseek_v4.modeling_deepseek_v4 import DeepseekV4TopKRouter
+from transformers.models.deepseek_v4.modeling_deepseek_v4 import DeepseekV4Experts, DeepseekV4TopKRouter
 
 import polymoe
 import polymoe.integrations.transformers  # registers "polymoe"
@@ -29,6 +34,7 @@ import polymoe.integrations.transformers  # registers "polymoe"
 TEXT = Path(__file__).parent / "data" / "kjv.txt"
 HELD_OUT = 100_000  # bytes at the end
 IMPLEMENTATIONS = ("eager", "polymoe")
+CONTROL = "eager, moved"
 
 
 @dataclass(frozen=True)
@@ -42,6 +48,7 @@ class Options:
     gamma: float
     seed: int
     out: Path
+    control: bool = False
 
 
 @dataclass
@@ -61,7 +68,8 @@ class Run:
         return [float(load.max() / load.float().mean()) for load in self.loads]
 
 
-def make_model(options: Options) -> DeepseekV4ForCausalLM:
+def make_model(options: Options, implementation: str) -> DeepseekV4ForCausalLM:
+    """The same weights for every implementation of the experts."""
     torch.manual_seed(options.seed)
     config = DeepseekV4Config(
         vocab_size=256,
@@ -87,7 +95,23 @@ def make_model(options: Options) -> DeepseekV4ForCausalLM:
     for name, buffer in model.named_buffers():
         if name.endswith("tid2eid"):  # each byte's experts in the hash layer
             buffer.copy_(torch.rand(buffer.shape[0], options.experts).argsort(-1)[:, : buffer.shape[1]])
+    model.set_experts_implementation(implementation)
     return model
+
+
+@torch.no_grad()
+def moved(model: DeepseekV4ForCausalLM) -> DeepseekV4ForCausalLM:
+    """The model with one weight of each expert moved to the next number: a difference of the size of a rounding."""
+    for module in model.modules():
+        if isinstance(module, DeepseekV4Experts):
+            weight = module.gate_up_proj[:, 0, 0]
+            weight.copy_(torch.nextafter(weight, torch.full_like(weight, math.inf)))
+    return model
+
+
+def make_models(options: Options) -> dict[str, DeepseekV4ForCausalLM]:
+    models = {implementation: make_model(options, implementation) for implementation in IMPLEMENTATIONS}
+    return models | ({CONTROL: moved(make_model(options, "eager"))} if options.control else {})
 
 
 class Balancer:
@@ -130,11 +154,10 @@ def loss_of(model: DeepseekV4ForCausalLM, batch: Tensor) -> Tensor:
 
 
 class Training:
-    """One model, the implementation of its experts, and how the training went."""
+    """One model, its name, and how the training went."""
 
-    def __init__(self, model: DeepseekV4ForCausalLM, implementation: str, options: Options) -> None:
-        self.model, self.implementation, self.run = model, implementation, Run()
-        model.set_experts_implementation(implementation)
+    def __init__(self, model: DeepseekV4ForCausalLM, name: str, options: Options) -> None:
+        self.model, self.name, self.run = model, name, Run()
         self.balancer = Balancer(model, options.gamma)
         self.optimiser = torch.optim.AdamW(model.parameters(), lr=2e-3, betas=(0.9, 0.95), weight_decay=0.01)
         warmup = max(1, options.steps // 10)
@@ -155,13 +178,13 @@ class Training:
         self.run.losses.append(loss.item())
 
     def __str__(self) -> str:
-        return f"{self.implementation} {self.run.losses[-1]:.4f}, {self.run.seconds[-1]:.2f} s"
+        return f"{self.name} {self.run.losses[-1]:.4f}, {self.run.seconds[-1]:.2f} s"
 
 
 def train(models: dict[str, DeepseekV4ForCausalLM], options: Options) -> dict[str, Run]:
-    """By implementation of the experts. They take turns, step by step: so both meet the same load of the machine."""
+    """By name. They take turns, step by step: so all meet the same load of the machine."""
     train_text, held_out = read_text()
-    trainings = [Training(model, implementation, options) for implementation, model in models.items()]
+    trainings = [Training(model, name, options) for name, model in models.items()]
     for step, batch in enumerate(batches(train_text, options, options.steps, options.seed), 1):
         for training in trainings:
             training.step(batch)
@@ -172,7 +195,11 @@ def train(models: dict[str, DeepseekV4ForCausalLM], options: Options) -> dict[st
         with torch.no_grad():
             losses = [loss_of(training.model, batch).item() for batch in batches(held_out, options, 4, options.seed)]
         training.run.held_out = statistics.mean(losses)
-    return {training.implementation: training.run for training in trainings}
+    return {training.name: training.run for training in trainings}
+
+
+def largest_difference(a: Run, b: Run) -> float:
+    return max(abs(x - y) for x, y in zip(a.losses, b.losses, strict=True))
 
 
 def draw(runs: dict[str, Run], options: Options) -> bool:
@@ -185,7 +212,8 @@ def draw(runs: dict[str, Run], options: Options) -> bool:
     from matplotlib import pyplot
 
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 4), layout="constrained")
-    for (name, run), style in zip(runs.items(), ({"linewidth": 3, "alpha": 0.45}, {"linewidth": 1}), strict=True):
+    styles = ({"linewidth": 3, "alpha": 0.45}, {"linewidth": 1}, {"linewidth": 1, "linestyle": ":"})
+    for (name, run), style in zip(runs.items(), styles, strict=False):
         speed = run.tokens_per_second(options.batch * options.length)
         left.plot(range(1, len(run.losses) + 1), run.losses, label=f"{name}, {speed:,.0f} tokens/s", **style)
     left.set(xlabel="step", ylabel="loss (nats a byte)", title="the same training, two implementations of the experts")
@@ -209,12 +237,13 @@ def parse() -> Options:
     parser.add_argument("--gamma", type=float, default=0.01, help="step of the selection bias")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path("train_tiny_moe.png"))
+    parser.add_argument("--control", action="store_true", help="train eager again, one ulp away at the start")
     return Options(**vars(parser.parse_args()))
 
 
 def main() -> int:
     options = parse()
-    runs = train({implementation: make_model(options) for implementation in IMPLEMENTATIONS}, options)
+    runs = train(make_models(options), options)
     tokens = options.batch * options.length
     print("\n| experts | tokens/s | last loss | held-out loss | busiest expert over the mean: first quarter, last |")
     print("|---|---|---|---|---|")
@@ -224,8 +253,9 @@ def main() -> int:
         busiest = f"{statistics.mean(spread[:quarter]):.2f}, {statistics.mean(spread[-quarter:]):.2f}"
         speed = run.tokens_per_second(tokens)
         print(f"| {name} | {speed:,.0f} | {run.losses[-1]:.4f} | {run.held_out:.4f} | {busiest} |")
-    apart = max(abs(a - b) for a, b in zip(runs["eager"].losses, runs["polymoe"].losses, strict=True))
-    print(f"\nlargest difference of the two losses: {apart:.1e}")
+    print(f"\nlargest difference of the two losses: {largest_difference(runs['eager'], runs['polymoe']):.1e}")
+    if options.control:
+        print(f"of eager's from one ulp away at the start: {largest_difference(runs['eager'], runs[CONTROL]):.1e}")
     print(f"wrote {options.out}" if draw(runs, options) else "no picture: matplotlib is not installed")
     return 0
 

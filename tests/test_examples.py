@@ -99,9 +99,10 @@ def test_demo_at_its_smallest() -> None:
 
 def test_train_tiny_moe_at_its_smallest(tmp_path: Path) -> None:
     sizes = {"steps": 4, "batch": 2, "length": 16, "hidden": 32, "experts": 6, "layers": 2, "out": tmp_path / "out.png"}
-    out = run("examples/train_tiny_moe.py", *(f"--{name}={value}" for name, value in sizes.items()))
-    assert len(re.findall(r"^\| (?:eager|polymoe) \|(?: \S+ \|){3} \S+, \S+ \|$", out, re.MULTILINE)) == 2
+    out = run("examples/train_tiny_moe.py", "--control", *(f"--{name}={value}" for name, value in sizes.items()))
+    assert len(re.findall(r"^\| (?:eager|polymoe|eager, moved) \|(?: \S+ \|){3} \S+, \S+ \|$", out, re.MULTILINE)) == 3
     assert float(re.search(r"largest difference of the two losses: (\S+)", out)[1]) < 1e-3
+    assert float(re.search(r"of eager's from one ulp away at the start: (\S+)", out)[1]) < 1e-3
     drawn = (tmp_path / "out.png").exists()
     assert ("no picture: matplotlib is not installed" in out) != drawn
 
