@@ -89,11 +89,11 @@ class Strip {
         if (group > from)
           multiply(Nothing{});
         else  // a part of the rows of the next piece in every step
-          multiply([&](int64_t s) {
+          multiply(EachStep{[&](int64_t s) {
             const int64_t piece = begin + (s / kPiece + 1) * kPiece;
             constexpr int part = kStripRows / kPiece;
             if (piece < end) strip.decode(int(s % kPiece) * part, part, begin, piece, piece_end(piece));
-          });
+          }});
       }
     }
     for (int64_t group = from; group < to; ++group) {

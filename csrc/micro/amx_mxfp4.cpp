@@ -154,14 +154,14 @@ void multiply_strip(const Rows& rows, Strip& strip, int64_t count, int64_t block
                         configured, meanwhile);
         };
         if (group > from)
-          multiply([](int64_t) {});
+          multiply(Nothing{});
         else  // a part of the rows of the next piece in every step
-          multiply([&](int64_t s) {
+          multiply(EachStep{[&](int64_t s) {
             const int64_t piece = (s / kPiece + 1) * kPiece;
             if (piece >= steps) return;
             constexpr int part = kStripRows / kPiece;
             strip.decode(int(s % kPiece) * part, part, piece, piece + kPiece < steps ? piece + kPiece : steps);
-          });
+          }});
         strip.add(sums, Halves(rows.groups.rows(group)).tiles(), totals[group - from]);
       }
     }

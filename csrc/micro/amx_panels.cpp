@@ -51,31 +51,60 @@ void expand_tail(const char* tail, int64_t columns, int64_t left, char* out) {
   for (int64_t j = 0; j < columns; ++j) __builtin_memcpy(out + left / 2 * 2 * kLine + j * 4, odd + j * 2, 2);
 }
 
-void multiply_full_panels(const Rows& rows, const char* weights, int64_t panels, int64_t column,
+// A stretch of weights that is multiplied next, asked for while every row group is multiplied with the one before: each
+// asks for its share, evenly over its products.
+struct NextStretch {
+  const char* from = nullptr;
+  int64_t lines = 0;  // in each step
+
+  [[gnu::always_inline]] void operator()(int64_t step, int part, int parts) const {
+    for (int64_t i = lines * part / parts; i < lines * (part + 1) / parts; ++i)
+      __builtin_prefetch(from + (step * lines + i) * kLine, 0, 2);
+  }
+
+  // Of `bytes` from `from` on, the share of group number `group` of `groups`, whose products take `steps` steps.
+  static NextStretch share(const char* from, int64_t bytes, int64_t group, int64_t groups, int64_t steps) {
+    const int64_t all = steps * groups, lines = (bytes / kLine + all - 1) / all, first = group * steps * lines * kLine;
+    if (!from || first >= bytes) return {};
+    return {from + first, lines};
+  }
+};
+
+// `after`: the weights that follow these, or null.
+void multiply_full_panels(const Rows& rows, const char* weights, int64_t panels, int64_t column, const char* after,
                           Configured& configured) {
   const int64_t panel_bytes = kPanel * rows.d * int64_t(sizeof(bf16));
   const int64_t whole = rows.d / kStep, per_strip = rows.small() ? 2 : 1;
   const int64_t block = rows.groups.count > 1 ? kBlockSteps : whole;
-  const auto strips = [&](int64_t begin, int64_t steps, auto find) {
-    for (int64_t p = 0; p < panels; p += per_strip) {
-      const int count = int(panels - p < per_strip ? panels - p : per_strip);
-      const char* panel[2];
-      for (int i = 0; i < count; ++i) panel[i] = find(weights + (p + i) * panel_bytes, i);
-      for (int64_t group = 0; group < rows.groups.count; ++group)
-        multiply_panels(rows, group, panel, count, begin, steps, rows.sums(group) + column + p * kPanel, rows.ldc,
-                        configured, Nothing{});
-    }
+  const auto together = [&](int64_t p) { return panels - p < per_strip ? panels - p : per_strip; };
+  // Multiplies panels [p, p + together(p)), found by `find`, with all row groups, while `ahead` is asked for.
+  const auto strip = [&](int64_t p, int64_t begin, int64_t steps, const char* ahead, auto find) {
+    const int count = int(together(p));
+    const char* panel[2];
+    for (int i = 0; i < count; ++i) panel[i] = find(weights + (p + i) * panel_bytes, i);
+    // One group alone takes whole panels, which lie side by side.
+    const int64_t bytes = rows.groups.count == 1 ? count * panel_bytes : steps * kPanelStep;
+    for (int64_t group = 0; group < rows.groups.count; ++group)
+      multiply_panels(rows, group, panel, count, begin, steps, rows.sums(group) + column + p * kPanel, rows.ldc,
+                      configured, NextStretch::share(ahead, bytes, group, rows.groups.count, steps));
   };
   // A block along the reduction passes over all strips before the next one: its slice of A stays in the L2 cache.
-  for (int64_t begin = 0; begin < whole; begin += block)
-    strips(begin, begin + block < whole ? block : whole - begin,
-           [&](const char* panel, int) { return panel + begin * kPanelStep; });
+  for (int64_t begin = 0; begin < whole; begin += block) {
+    const int64_t steps = begin + block < whole ? block : whole - begin;
+    const char* const next_block = begin + block < whole ? weights + (begin + block) * kPanelStep : after;
+    for (int64_t p = 0; p < panels; p += per_strip) {
+      const int64_t next = p + together(p);
+      strip(p, begin, steps, next < panels ? weights + next * panel_bytes + begin * kPanelStep : next_block,
+            [&](const char* panel, int) { return panel + begin * kPanelStep; });
+    }
+  }
   if (rows.d % kStep == 0) return;
   alignas(64) char tails[2][kPanelStep];
-  strips(whole, 1, [&](const char* panel, int i) {
-    expand_tail(panel + whole * kPanelStep, kPanel, rows.d % kStep, tails[i]);
-    return tails[i];
-  });
+  for (int64_t p = 0; p < panels; p += per_strip)
+    strip(p, whole, 1, nullptr, [&](const char* panel, int i) {
+      expand_tail(panel + whole * kPanelStep, kPanel, rows.d % kStep, tails[i]);
+      return tails[i];
+    });
 }
 
 // The panel of fewer than kPanel columns: block by block copied to a full one, and multiplied into full sums.
@@ -104,10 +133,10 @@ void multiply_full_panels(const Rows& rows, const char* weights, int64_t panels,
   }
 }
 
-void multiply_run(const Rows& rows, const char* weights, int64_t n, int64_t left, int64_t column,
+void multiply_run(const Rows& rows, const char* weights, int64_t n, int64_t left, int64_t column, const char* after,
                   Configured& configured) {
   const int64_t most = left / kPanel * kPanel, full = n < most ? n : most;
-  if (full > 0) multiply_full_panels(rows, weights, full / kPanel, column, configured);
+  if (full > 0) multiply_full_panels(rows, weights, full / kPanel, column, after, configured);
   if (n > full)
     multiply_short_panel(rows, weights + full * rows.d * int64_t(sizeof(bf16)), n - full, column + full, configured);
 }
@@ -117,8 +146,8 @@ void multiply_packed(const char* a, int64_t m, const Weights& w, int64_t n, int6
   if (trivial(rows, m, n)) return;
   Configured configured;
   const int64_t first = n < w.split ? n : w.split;
-  multiply_run(rows, w.first, first, w.left, 0, configured);
-  if (first < n) multiply_run(rows, w.second, n - first, w.left, first, configured);
+  multiply_run(rows, w.first, first, w.left, 0, first < n ? w.second : w.next, configured);
+  if (first < n) multiply_run(rows, w.second, n - first, w.left, first, w.next, configured);
 }
 
 // A step of a row is a row of a tile.
@@ -215,8 +244,9 @@ struct ColumnsAhead {
   int count = 0;
   int64_t stride;
 
-  void operator()(int64_t step) const {
-    for (int i = 0; i < count; ++i) __builtin_prefetch(at[i] + step * stride, 0, 2);
+  [[gnu::always_inline]] void operator()(int64_t step, int part, int parts) const {
+    for (int i = count * part / parts; i < count * (part + 1) / parts; ++i)
+      __builtin_prefetch(at[i] + step * stride, 0, 2);
   }
 };
 

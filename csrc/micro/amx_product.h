@@ -57,10 +57,23 @@ struct Configured {
   }
 };
 
-// `meanwhile(s)`: what there is to do while the tiles of step s are multiplied.
+// `meanwhile(s, part, parts)`: what there is to do after product number `part` of the `parts` products of step s.
+// Fetches that come between products, not all at once, leave fill buffers to the tiles.
 struct Nothing {
-  void operator()(int64_t) const {}
+  void operator()(int64_t, int, int) const {}
 };
+// The same for work that is done once in a step.
+template <class F>
+struct EachStep {
+  F work;
+
+  [[gnu::always_inline]] void operator()(int64_t step, int part, int parts) const {
+    if (part + 1 == parts) work(step);
+  }
+};
+template <class F>
+EachStep(F) -> EachStep<F>;
+
 template <int NA, int NB, class Meanwhile>
 [[gnu::always_inline]] inline void multiply_tiles(const Side& a, const Side& b, int64_t steps, bool add, const Sums& c,
                                                   Meanwhile&& meanwhile) {
@@ -83,16 +96,15 @@ template <int NA, int NB, class Meanwhile>
       each<NA>(load_a);
       each<NB>([&](auto j) {
         load_b(j);
-        each<NA>([&](auto i) { dot(i, j); });
+        each<NA>([&](auto i) { dot(i, j), meanwhile(s, j.value * NA + i.value, NA * NB); });
       });
     } else {
       each<NB>(load_b);
       each<NA>([&](auto i) {
         load_a(i);
-        each<NB>([&](auto j) { dot(i, j); });
+        each<NB>([&](auto j) { dot(i, j), meanwhile(s, i.value * NB + j.value, NA * NB); });
       });
     }
-    meanwhile(s);
   }
   each<NA * NB>([&](auto i) { tile_store<i.value>(c.tile[i.value], c.stride); });
 }

@@ -48,13 +48,14 @@ void multiply_strip(const Rows& rows, const Strip& strip, const char* next_row, 
         // Every group asks for its share of the rows.
         const int64_t first = from == 0 ? group * next / to : 0, end = from == 0 ? (group + 1) * next / to : 0;
         const char* const ahead = next_row + begin * kLine;
-        multiply(group, strip.row + begin * kLine, strip.stride, begin, steps, [&](int64_t s) {
+        const auto fetch = [&](int64_t s) {
           for (int64_t r = first; r < end; ++r) __builtin_prefetch(ahead + r * strip.stride + s * kLine, 0, 2);
-        });
+        };
+        multiply(group, strip.row + begin * kLine, strip.stride, begin, steps, EachStep{fetch});
       }
     }
     for (int64_t group = from; group < to; ++group) {
-      if (rows.d % kStep != 0) multiply(group, tail, kLine, whole, 1, [](int64_t) {});
+      if (rows.d % kStep != 0) multiply(group, tail, kLine, whole, 1, Nothing{});
       store_transposed(rows, group, strip.count(), sums[group - from], column);
     }
   }
