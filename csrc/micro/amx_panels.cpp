@@ -51,24 +51,33 @@ void expand_tail(const char* tail, int64_t columns, int64_t left, char* out) {
   for (int64_t j = 0; j < columns; ++j) __builtin_memcpy(out + left / 2 * 2 * kLine + j * 4, odd + j * 2, 2);
 }
 
-// A stretch of weights that is multiplied next, asked for while every row group is multiplied with the one before: each
-// asks for its share, evenly over its products.
-struct NextStretch {
-  const char* from = nullptr;
-  int64_t lines = 0;  // in each step
+// What a row group asks for, evenly over its products: its sums, which it will write, and its share of the stretch of
+// weights that is multiplied next.
+struct Ahead {
+  const char* weights = nullptr;
+  int64_t lines = 0;  // of weights, in each step
+  const char* sums = nullptr;
+  int64_t stride = 0, sum_lines = 0;  // bytes from a row of sums to the next; half a panel of a row is a line
 
   [[gnu::always_inline]] void operator()(int64_t step, int part, int parts) const {
+    const int64_t line = step * parts + part;
+    if (line < sum_lines) __builtin_prefetch(sums + line / 2 * stride + line % 2 * kLine, 1);
     for (int64_t i = lines * part / parts; i < lines * (part + 1) / parts; ++i)
-      __builtin_prefetch(from + (step * lines + i) * kLine, 0, 2);
-  }
-
-  // Of `bytes` from `from` on, the share of group number `group` of `groups`, whose products take `steps` steps.
-  static NextStretch share(const char* from, int64_t bytes, int64_t group, int64_t groups, int64_t steps) {
-    const int64_t all = steps * groups, lines = (bytes / kLine + all - 1) / all, first = group * steps * lines * kLine;
-    if (!from || first >= bytes) return {};
-    return {from + first, lines};
+      __builtin_prefetch(weights + (step * lines + i) * kLine, 0, 2);
   }
 };
+
+// For group number `group`, whose products take `steps` steps, as do those of the weights from `next` on, unless that
+// is null.
+Ahead ahead_of_group(const Rows& rows, int64_t group, int64_t steps, const float* c, const char* next) {
+  const int64_t bytes = steps * kPanelStep, all = steps * rows.groups.count, lines = (bytes / kLine + all - 1) / all;
+  const int64_t first = group * steps * lines * kLine;
+  Ahead ahead;
+  if (next && first < bytes) ahead.weights = next + first, ahead.lines = lines;
+  ahead.sums = reinterpret_cast<const char*>(c);
+  ahead.stride = rows.ldc * int64_t(sizeof(float)), ahead.sum_lines = 2 * rows.groups.rows(group);
+  return ahead;
+}
 
 // `after`: the weights that follow these, or null.
 void multiply_full_panels(const Rows& rows, const char* weights, int64_t panels, int64_t column, const char* after,
@@ -77,16 +86,19 @@ void multiply_full_panels(const Rows& rows, const char* weights, int64_t panels,
   const int64_t whole = rows.d / kStep, per_strip = rows.small() ? 2 : 1;
   const int64_t block = rows.groups.count > 1 ? kBlockSteps : whole;
   const auto together = [&](int64_t p) { return panels - p < per_strip ? panels - p : per_strip; };
-  // Multiplies panels [p, p + together(p)), found by `find`, with all row groups, while `ahead` is asked for.
-  const auto strip = [&](int64_t p, int64_t begin, int64_t steps, const char* ahead, auto find) {
+  // Multiplies panels [p, p + together(p)), found by `find`, with all row groups, while `next` is asked for.
+  const auto strip = [&](int64_t p, int64_t begin, int64_t steps, const char* next, auto find) {
     const int count = int(together(p));
     const char* panel[2];
     for (int i = 0; i < count; ++i) panel[i] = find(weights + (p + i) * panel_bytes, i);
-    // One group alone takes whole panels, which lie side by side.
-    const int64_t bytes = rows.groups.count == 1 ? count * panel_bytes : steps * kPanelStep;
-    for (int64_t group = 0; group < rows.groups.count; ++group)
-      multiply_panels(rows, group, panel, count, begin, steps, rows.sums(group) + column + p * kPanel, rows.ldc,
-                      configured, NextStretch::share(ahead, bytes, group, rows.groups.count, steps));
+    for (int64_t group = 0; group < rows.groups.count; ++group) {
+      float* const c = rows.sums(group) + column + p * kPanel;
+      if (rows.small())  // few rows wait for memory, whoever asks
+        multiply_panels(rows, group, panel, count, begin, steps, c, rows.ldc, configured, Nothing{});
+      else
+        multiply_panels(rows, group, panel, count, begin, steps, c, rows.ldc, configured,
+                        ahead_of_group(rows, group, steps, c, next));
+    }
   };
   // A block along the reduction passes over all strips before the next one: its slice of A stays in the L2 cache.
   for (int64_t begin = 0; begin < whole; begin += block) {
