@@ -21,6 +21,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -110,6 +111,12 @@ def ours(layer: Layer, gate_up: Tensor, down: Tensor, **how: Any) -> Callable[[l
     return on_sets(run)
 
 
+def has_kernels(format: str, mode: str) -> bool:
+    """Whether more than the reference, in plain PyTorch, serves this mode here."""
+    x = torch.empty(1, 1, dtype=torch.bfloat16)
+    return polymoe.explain("experts", x, weight_format=format, mode=mode).backend != "reference"
+
+
 def contenders(layer: Layer, names: Sequence[str], cell: Cells, stack: ExitStack) -> Iterator[Stored]:
     """bf16 first, then the loop, then formats with the libraries that have them. The processes of libraries end with
     `stack`."""
@@ -121,9 +128,7 @@ def contenders(layer: Layer, names: Sequence[str], cell: Cells, stack: ExitStack
         values: dict[str, Any] = {"gate_up": Dequantized(up), "down": Dequantized(down)}
         true, stored = replace(layer, **values), up.nbytes + down.nbytes
         how: dict[str, Any] = {"weight_format": name, "gate_up_scale": up.scale, "down_scale": down.scale}
-        for mode in formats.parse(name).modes:
-            if mode == "fp8":  # of GPUs
-                continue
+        for mode in filter(partial(has_kernels, name), formats.parse(name).modes):
             label, only = (name, True) if mode == "weight_only" else (f"{name}, {mode}", False)
             run = ours(layer, up.data, down.data, mode=mode, **how)
             yield Stored(label, name, run, stored, only, true, bound if only else bound + INT8_ERROR)

@@ -21,6 +21,20 @@ constexpr Layout kLayouts[] = {
     {"int4_g128", WeightFormat::int4, 1, 128},
 };
 
+// The modes that a format has, on whatever backend.
+const char* modes_of(const Layout& layout) {
+  switch (layout.format) {
+    case WeightFormat::fp8:
+      return R"("weight_only")";
+    case WeightFormat::mxfp8:
+      return R"("weight_only" or "fp8")";
+    case WeightFormat::mxfp4:
+      return R"("weight_only" or "int8" or "int8_g128" or "fp8")";
+    default:
+      return R"("weight_only" or "int8" or "int8_g128")";
+  }
+}
+
 const Layout& layout_of(const char* op, c10::string_view name) {
   for (const Layout& layout : kLayouts)
     if (name == layout.name) return layout;
@@ -51,16 +65,19 @@ void check_dtypes(const char* op, const QuantizedNames& names, const Layout& lay
 // The kernels' format in this mode.
 WeightFormat kernel_for(const char* op, const Layout& layout, c10::string_view mode) {
   if (mode == "weight_only") return layout.format;
-  const bool g128 = mode == "int8_g128";
-  POLYMOE_CHECK(g128 || mode == "int8", op, "mode", "one of 'weight_only', 'int8', 'int8_g128'", "'", mode, "'");
-  switch (layout.format) {
+  const bool g128 = mode == "int8_g128", fp8 = mode == "fp8";
+  POLYMOE_CHECK(g128 || fp8 || mode == "int8", op, "mode", "one of weight_only, int8, int8_g128, fp8", '"', mode, '"');
+  const WeightFormat format = layout.format;
+  const bool has_fp8 = format == WeightFormat::mxfp8 || format == WeightFormat::mxfp4;
+  const bool has_int8 = format != WeightFormat::mxfp8 && format != WeightFormat::fp8;
+  POLYMOE_CHECK(fp8 ? has_fp8 : has_int8, op, "mode", c10::str(modes_of(layout), " for ", layout.name), '"', mode, '"');
+  POLYMOE_CHECK(!fp8, op, "backend", "one that serves this call", "'cpu': it has no kernel for the mode \"fp8\"");
+  switch (format) {
     case WeightFormat::mxfp4:
       return g128 ? WeightFormat::mxfp4_by_int8_g128 : WeightFormat::mxfp4_by_int8;
     case WeightFormat::int8:
       return g128 ? WeightFormat::int8_by_int8_g128 : WeightFormat::int8_by_int8;
     default:
-      POLYMOE_CHECK(layout.format == WeightFormat::int4, op, "mode", c10::str("'weight_only' for ", layout.name), "'",
-                    mode, "'");
       return g128 ? WeightFormat::int4_by_int8_g128 : WeightFormat::int4_by_int8;
   }
 }

@@ -18,7 +18,7 @@ from polymoe.formats import Int4, Weight
 from polymoe.hal.problem import OPS, Problem
 from polymoe.hal.select import serving
 from polymoe.testing.cases import Random, routing
-from polymoe.testing.tolerances import relative_frobenius
+from polymoe.testing.tolerances import FUNCTION_ERRORS, frobenius_error, relative_frobenius, unit_roundoff
 
 T, H, I, E, K = 6, 40, 36, 4, 2
 NAMES = tuple(formats.FORMATS)
@@ -38,6 +38,12 @@ def servers(op: str, name: str, mode: str = "weight_only", dtype: torch.dtype = 
     """The backends that serve this op for CPU tensors here."""
     changes = {"weight_format": name, "mode": mode}
     return serving(Problem(op, "cpu", dtype, tuple((OPS[op].options | changes).values())))
+
+
+def layer_error(*after: int) -> float:
+    """Of the relative Frobenius error of a layer in float32: sums over H, an activation, then sums of these lengths. No
+    activation here more than doubles the error of what it is given."""
+    return 2 * frobenius_error(H) + FUNCTION_ERRORS * unit_roundoff(torch.float32) + sum(map(frobenius_error, after))
 
 
 class Layer:
@@ -83,7 +89,7 @@ def test_experts_mean_code_times_scale(name: str, options: dict[str, Any], seed:
     for backend in servers("experts", name):
         out = polymoe.experts(**layer.arguments, **options, backend=backend)
         assert out.dtype == torch.float32
-        assert relative_frobenius(out, truth) < 1e-6, backend
+        assert relative_frobenius(out, truth) <= layer_error(I, K), backend
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -96,7 +102,7 @@ def test_grouped_mm_means_code_times_scale(name: str, seed: int) -> None:
         for backend in servers("grouped_mm", name):
             how = {"weight_format": name, "scale": weight.scale, "zero": weight.zero, "backend": backend}
             out = polymoe.grouped_mm(a, weight.data.mT, ends, bias, **how)
-            assert relative_frobenius(out, truth) < 1e-6, backend
+            assert relative_frobenius(out, truth) <= frobenius_error(H + 1), backend  # and the bias
             assert not out[5:].any() or ends is None
 
 
@@ -121,7 +127,7 @@ def test_int8_rounds_what_is_multiplied(name: str, mode: str, seed: int) -> None
             polymoe.grouped_mm(exact["x"], layer.gate_up.data.mT, ends, mode=each, backend=backend, **how)
             for each in (mode, "weight_only")
         )
-        assert relative_frobenius(one, other.double()) < 1e-6, backend
+        assert relative_frobenius(one, other.double()) <= 2 * frobenius_error(H), backend  # each has its own
 
 
 @pytest.mark.parametrize("name", [name for name in NAMES if "fp8" in formats.FORMATS[name].modes])
@@ -141,6 +147,29 @@ def test_fp8_rounds_what_is_multiplied_to_mxfp8(name: str, seed: int) -> None:
     ):
         with pytest.raises(ValueError, match=r"backend: .* got 'cpu': it has no kernel for the mode .fp8"):
             op(**(arguments | {"backend": "cpu", "mode": "fp8"}))
+
+
+# What the cpu backend has no kernels for: modes that the format lacks, and others that only other backends serve.
+REFUSED = [
+    (name, mode)
+    for name in NAMES
+    for mode in (*formats.MODES, "fp4")
+    if mode not in formats.FORMATS[name].modes or "cpu" not in servers("experts", name, mode)
+]
+
+
+@pytest.mark.parametrize(("name", "mode"), REFUSED)
+def test_bare_ops_refuse_a_mode_in_the_words_of_public_ones(name: str, mode: str) -> None:
+    layer, ends = Layer(name, 0), torch.tensor([1, 2, 4, T])
+    how = {"weight_format": name, "scale": layer.gate_up.scale, "zero": layer.gate_up.zero, "mode": mode}
+    matmul = {"a": layer.x, "b": layer.gate_up.data.mT, "offs": ends, "bias": None} | how
+    backend = "cpu" if mode in formats.FORMATS[name].modes else "reference"
+    for op, arguments in (("experts", layer.arguments | {"mode": mode}), ("grouped_mm", matmul)):
+        with pytest.raises(ValueError, match="polymoe") as public:
+            getattr(polymoe, op)(**arguments, backend=backend)
+        with pytest.raises(ValueError, match="polymoe") as bare:
+            getattr(torch.ops.polymoe, op)(**arguments)
+        assert str(bare.value) == str(public.value)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -175,7 +204,7 @@ def test_gradients_of_every_backend(name: str, seed: int) -> None:
     for backend in servers("experts", name):
         a.grad = None
         polymoe.experts(**layer.arguments | {"x": a}, backend=backend).sum().backward()
-        assert relative_frobenius(a.grad, x.grad) < 1e-6, backend
+        assert relative_frobenius(a.grad, x.grad) <= layer_error(H, 2 * I, K), backend
     how = {"weight_format": name, "scale": layer.gate_up.scale, "zero": layer.gate_up.zero}
     b = dequantized(layer.gate_up, torch.float32).mT
     for rows, ends in ((Random(seed).normal(T, H), torch.tensor([1, 2, 4, 5])), (Random(seed).normal(E, 3, H), None)):
@@ -185,7 +214,8 @@ def test_gradients_of_every_backend(name: str, seed: int) -> None:
                 torch.autograd.grad(polymoe.grouped_mm(*given, backend=backend, **options).square().sum(), rows)[0]
                 for given, options in (((rows, b, ends), {}), ((rows, layer.gate_up.data.mT, ends), how))
             )
-            assert relative_frobenius(stored, dense.double()) < 1e-6, backend
+            own = frobenius_error(H) + frobenius_error(2 * I)
+            assert relative_frobenius(stored, dense.double()) <= 2 * own, backend
 
 
 def test_quantised_weights_take_no_gradient() -> None:
