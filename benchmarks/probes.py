@@ -49,6 +49,8 @@ def library() -> ctypes.CDLL:
     probes.polymoe_probe_free.restype = None
     probes.polymoe_probe_read.argtypes = [ctypes.c_void_p, size, number, number, size]
     probes.polymoe_probe_read.restype = ctypes.c_double
+    probes.polymoe_probe_read_tiles.argtypes = [ctypes.c_void_p, size, number, number]
+    probes.polymoe_probe_read_tiles.restype = ctypes.c_double
     probes.polymoe_probe_compute.argtypes = [ctypes.c_char_p, ctypes.c_int64, number]
     probes.polymoe_probe_compute.restype = ctypes.c_double
     return probes
@@ -85,17 +87,28 @@ class BandwidthProbe:
         self._buffers.clear()
 
     def survey(self) -> float:
+        self.variant, rate = max((self.best(huge_pages) for huge_pages in self._buffers), key=lambda found: found[1])
+        return rate
+
+    def best(self, huge_pages: bool) -> tuple[Variant, float]:
+        """Of all variants with such pages, and its bytes per second."""
         rates = {
-            variant: self._read(variant)
-            for variant in (Variant(h, s, p) for h in self._buffers for s in STREAMS for p in PREFETCH)
+            variant: self.read(variant) for variant in (Variant(huge_pages, s, p) for s in STREAMS for p in PREFETCH)
         }
-        self.variant = max(rates, key=rates.__getitem__)
-        return rates[self.variant]
+        found = max(rates, key=rates.__getitem__)
+        return found, rates[found]
+
+    def read_tiles(self, huge_pages: bool, multiply: bool) -> float | None:
+        """Bytes per second by matrix tiles, as the kernel for 16 rows reads packed bf16 weights, with its products or
+        without. None where this CPU lacks them."""
+        buffer = self._buffers[huge_pages]
+        rate = float(library().polymoe_probe_read_tiles(buffer, self.bytes, self.threads, multiply))
+        return rate if rate > 0 else None
 
     def __call__(self) -> float:
-        return self._read(self.variant)
+        return self.read(self.variant)
 
-    def _read(self, variant: Variant) -> float:
+    def read(self, variant: Variant) -> float:
         buffer = self._buffers[variant.huge_pages]
         return library().polymoe_probe_read(buffer, self.bytes, self.threads, variant.streams, variant.prefetch)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from itertools import islice, pairwise
 from types import SimpleNamespace
@@ -12,6 +13,7 @@ import torch
 from benchmarks import (
     _case,
     _timing,
+    bench_streams,
     bounds,
 )
 from benchmarks._timing import Effort, OtherCpuUse, interleave
@@ -103,6 +105,20 @@ def test_probes_are_plausible() -> None:
     with OtherCpuUse() as others:
         pass
     assert others.share is None or 0 <= others.share <= 1
+
+
+def test_streams(capsys: pytest.CaptureFixture[str]) -> None:
+    assert bench_streams.main(["--threads=1", "--rounds=2", "--probe-mib=16"]) == 0
+    out = capsys.readouterr().out
+    rows = re.findall(r"^\| ([a-z ]+) \| (2 MiB|4 KiB) \| (\S+) \| (\S+) \| (\S+) \|$", out, re.MULTILINE)
+    loads = [row[0] for row in rows]
+    assert loads[:2] == [bench_streams.VECTORS] * 2
+    assert all(float(number) > 0 for row in rows for number in row[2:])
+    assert all(row[4] == "1.00" for row in rows[:2])
+    if "amx" not in device.isa_supported():
+        assert "Absent: tiles" in out
+        pytest.skip("this CPU has no AMX: no loads of tiles")
+    assert loads[2:] == [bench_streams.TILES] * 2 + [bench_streams.PRODUCTS] * 2
 
 
 def test_peak_memory_is_that_of_the_call() -> None:

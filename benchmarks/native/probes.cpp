@@ -27,6 +27,29 @@ inline void touch(Vector& value) {
   asm volatile("" : "+x"(value));
 }
 
+// ---- Tiles ----
+
+// Linux has every process ask for the tile registers.
+bool may_use_tiles() {
+  constexpr int kRequestPermission = 0x1023, kTileData = 18;
+  return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+}
+
+bool has_tiles() {
+  static const bool found = __builtin_cpu_supports("amx-bf16") && may_use_tiles();
+  return found;
+}
+
+// Eight tiles of 16 rows of 64 bytes.
+__attribute__((target("amx-tile"))) void configure_tiles() {
+  alignas(64) struct {
+    uint8_t palette = 1, start_row = 0, reserved[14] = {};
+    uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
+    uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
+  } config;
+  asm volatile("ldtilecfg %0" : : "m"(config));
+}
+
 // ---- Reading ----
 
 // The kStreams equal parts of a chunk are read side by side, a cache line of each in turn.
@@ -80,6 +103,33 @@ Read widest() {
   if (__builtin_cpu_supports("avx512f")) return read_avx512<kStreams>;
   if (__builtin_cpu_supports("avx2")) return read_avx2<kStreams>;
   return read_sse<kStreams>;
+}
+
+// Two streams as the kernel for 16 rows reads two panels of packed bf16 weights: 2 KiB of each in turn, by two tiles
+// whose rows alternate; with the four tile products of such a step, or without. What is left of a stream is dropped.
+template <bool kMultiply>
+__attribute__((target("amx-tile,amx-bf16"))) void read_tiles(const char* chunk, size_t) {
+  constexpr size_t kStep = 32 * kLine;
+  alignas(64) static const char rows[16 * kLine] = {};
+  configure_tiles();
+  for (size_t at = 0; at + kStep <= kStreamBytes; at += kStep) {
+    const char *const first = chunk + at, *const second = first + kStreamBytes;
+    _tile_loadd(4, first, 2 * kLine);
+    _tile_loadd(5, first + kLine, 2 * kLine);
+    _tile_loadd(6, second, 2 * kLine);
+    if (!kMultiply) {
+      _tile_loadd(7, second + kLine, 2 * kLine);
+      continue;
+    }
+    // Eight tiles are four sums and four operands, so the rows take the place of a weight that was multiplied.
+    _tile_loadd(7, rows, kLine);
+    _tile_dpbf16ps(0, 7, 4);
+    _tile_dpbf16ps(1, 7, 5);
+    _tile_dpbf16ps(2, 7, 6);
+    _tile_loadd(4, second + kLine, 2 * kLine);
+    _tile_dpbf16ps(3, 7, 4);
+  }
+  _tile_release();
 }
 
 Read reader(int streams) {
@@ -165,12 +215,7 @@ __attribute__((target("avx512f,avx512vnni"))) void dpbusd_avx512(int64_t steps) 
 
 // Tiles of zeros: four sums from two by two operands.
 __attribute__((target("amx-tile,amx-bf16"))) void tdpbf16ps(int64_t steps) {
-  alignas(64) struct {
-    uint8_t palette = 1, start_row = 0, reserved[14] = {};
-    uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
-    uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
-  } config;
-  asm volatile("ldtilecfg %0" : : "m"(config));
+  configure_tiles();
   for (int64_t i = 0; i < steps; ++i) {
 #pragma GCC unroll 3
     for (int group = 0; group < kChains / 4; ++group) {
@@ -181,12 +226,6 @@ __attribute__((target("amx-tile,amx-bf16"))) void tdpbf16ps(int64_t steps) {
     }
   }
   _tile_release();
-}
-
-// Linux has every process ask for the tile registers.
-bool may_use_tiles() {
-  constexpr int kRequestPermission = 0x1023, kTileData = 18;
-  return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
 }
 
 struct Instruction {
@@ -203,12 +242,31 @@ const Instruction* find(const char* name) {
       {"fma_avx2", fma_avx2, 2 * 8, bool(__builtin_cpu_supports("avx2")) && bool(__builtin_cpu_supports("fma"))},
       {"fma_avx512", fma_avx512, 2 * 16, avx512f},
       {"vdpbf16ps", dpbf16_avx512, 2 * 32, avx512f && __builtin_cpu_supports("avx512bf16")},
-      {"tdpbf16ps", tdpbf16ps, 2 * 16 * 16 * 32, __builtin_cpu_supports("amx-bf16") && may_use_tiles()},
+      {"tdpbf16ps", tdpbf16ps, 2 * 16 * 16 * 32, has_tiles()},
       {"vpdpbusd", dpbusd_avx512, 2 * 64, avx512f && __builtin_cpu_supports("avx512vnni")},
   };
   for (const Instruction& one : all)
     if (std::strcmp(one.name, name) == 0) return one.supported ? &one : nullptr;
   return nullptr;
+}
+
+// Bytes per second, of whole chunks of `streams` streams handed out one by one; negative if there is none.
+double read_chunks(Read read, const char* memory, size_t bytes, int threads, int streams, size_t prefetch) {
+  const size_t chunk = streams * kStreamBytes, chunks = bytes / chunk;
+  if (chunks == 0) return -1;
+  std::atomic<size_t> next{0};
+  double start = 0, end = 0;
+#pragma omp parallel num_threads(threads)
+  {
+#pragma omp barrier
+#pragma omp single
+    start = now();
+    for (size_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < chunks;) read(memory + i * chunk, prefetch);
+#pragma omp barrier
+#pragma omp single
+    end = now();
+  }
+  return chunks * chunk / (end - start);
 }
 
 }  // namespace
@@ -228,24 +286,16 @@ char* polymoe_probe_allocate(size_t bytes, int huge_pages, int threads) {
 
 void polymoe_probe_free(char* memory, size_t bytes) { munmap(memory, bytes); }
 
-// Bytes per second, of whole chunks of `streams` streams handed out one by one; negative for an unknown variant.
+// Bytes per second; negative for an unknown variant.
 double polymoe_probe_read(const char* memory, size_t bytes, int threads, int streams, size_t prefetch) {
   const Read read = reader(streams);
-  const size_t chunk = streams * kStreamBytes, chunks = bytes / chunk;
-  if (!read || chunks == 0) return -1;
-  std::atomic<size_t> next{0};
-  double start = 0, end = 0;
-#pragma omp parallel num_threads(threads)
-  {
-#pragma omp barrier
-#pragma omp single
-    start = now();
-    for (size_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < chunks;) read(memory + i * chunk, prefetch);
-#pragma omp barrier
-#pragma omp single
-    end = now();
-  }
-  return chunks * chunk / (end - start);
+  return read ? read_chunks(read, memory, bytes, threads, streams, prefetch) : -1;
+}
+
+// The same by loads of matrix tiles, with products or without; negative where this CPU lacks them.
+double polymoe_probe_read_tiles(const char* memory, size_t bytes, int threads, int multiply) {
+  if (!has_tiles()) return -1;
+  return read_chunks(multiply ? read_tiles<true> : read_tiles<false>, memory, bytes, threads, 2, 0);
 }
 
 // Operations per second, summed over the threads; negative where this CPU lacks the instruction.
