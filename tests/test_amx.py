@@ -6,9 +6,13 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import Tensor
 
 import polymoe
-from polymoe.formats import pack_
+from polymoe import formats
+from polymoe.formats import Weight, pack_
+from polymoe.testing.cases import Random
+from polymoe.testing.poison import poisoned
 
 pytestmark = pytest.mark.skipif(
     "amx" not in polymoe.isa_supported(), reason="this machine does not have AMX, or its system does not grant it"
@@ -53,30 +57,103 @@ def test_int8_weights_have_the_bits_of_their_codes_in_bf16(M: int, seed: int) ->
                 assert torch.equal(out, plain * scale), (N, D)
 
 
+def random_weight(name: str, N: int, D: int, spread: int, random: Random) -> Weight:
+    """Any codes but NaN. Exponents of scales differ by up to `spread`; "+e8m0" after the name makes them those of
+    fp8_block, "+zero" adds zero points, "+any" zero points that are mostly too large to be looked up."""
+    name, _, more = name.partition("+")
+    format = formats.parse(name)
+    halves, shape = name == "mxfp4" or name.startswith("int4"), (1, *format.scale_shape(N, D))
+    codes = random.integers(0, 256, 1, N, (D + 1) // 2 if halves else D, dtype=torch.uint8)
+    if halves and D % 2:
+        codes[..., -1] &= 15
+    exponents = random.integers((254 - spread) // 2, (254 + spread) // 2, *shape, dtype=torch.uint8)
+    scale = exponents
+    if not name.startswith("mx") and not more.startswith("e8m0"):
+        scale = torch.ldexp(random.weights(1, exponents.numel()).reshape(shape) + 0.5, exponents.int() - 127)
+    zero = None
+    if more in ("zero", "any"):
+        zero = random.integers(0, 17 if more == "zero" else 256, *shape, dtype=torch.uint8)
+    if "fp8" in name:
+        codes = codes.where(codes & 0x7F != 0x7F, 0).view(torch.float8_e4m3fn)
+    return Weight(codes, scale, zero, name, N, D)
+
+
+def products(a: Tensor, weight: Weight) -> Tensor:
+    ends = torch.tensor([len(a)], dtype=torch.int32)
+    with poisoned():
+        return polymoe.grouped_mm(
+            a, weight.data.mT, ends, None, torch.float32, weight.format, weight.scale, weight.zero
+        )
+
+
+SUMMED_IN_BLOCKS = [
+    *("mxfp4", "mxfp8", "fp8_block32", "fp8_block64+e8m0", "fp8_block128", "int4_g32", "int4_g64", "int4_g128"),
+    *("int4_g32+zero", "int4_g64+any", "int4_g128+zero"),
+]
+
+
 @pytest.mark.parametrize("size", [1.0, 2.0**-90, 2.0**-120, 2.0**90], ids=["usual", "small", "least", "large"])
 @pytest.mark.parametrize("spread", [4, 60, 250])
-def test_few_rows_of_mxfp4_have_the_bits_of_many(size: float, spread: int, seed: int) -> None:
+@pytest.mark.parametrize("name", SUMMED_IN_BLOCKS)
+def test_few_rows_have_the_bits_of_many(name: str, size: float, spread: int, seed: int) -> None:
     """Without tiles, unless a sum could be subnormal or overflow: where groups are far apart or elements of a small or
-    large."""
-    generator = torch.Generator().manual_seed(seed)
+    large. 300 rows are more groups than wait for one another."""
+    random = Random(seed)
     with polymoe.force_isa_level("amx"):
         for N, D in ((1, 32), (33, 70), (100, 545), (64, 2048)):
-            codes = torch.randint(0, 256, (1, N, (D + 1) // 2), generator=generator, dtype=torch.uint8)
-            if D % 2:
-                codes[..., -1] &= 15
-            scale = (
-                torch.randint(0, spread, (1, N, -(-D // 32)), generator=generator, dtype=torch.uint8)
-                + (254 - spread) // 2
-            )
-            a = (torch.randn(40, D, generator=generator) * size).bfloat16()
-            a[torch.rand(40, D, generator=generator) < 0.1] = 0
-            rows = [1, 2, 3, 4, 5, 40]
-            out = []
-            for M in rows:
-                ends = torch.tensor([M], dtype=torch.int32)
-                out.append(polymoe.grouped_mm(a[:M], codes.mT, ends, None, torch.float32, "mxfp4", scale))
-            for M, few in zip(rows, out, strict=True):
-                assert torch.equal(few.view(torch.int32), out[-1][:M].view(torch.int32)), (N, D, M)
+            weight = random_weight(name, N, D, spread, random)
+            a = (random.normal(300, D) * size).bfloat16()
+            a[random.normal(300, D) < -1.3] = 0
+            many = products(a, weight)
+            for M in (1, 2, 3, 4, 5, 17, 40):
+                few = products(a[:M], weight)
+                assert torch.equal(few.view(torch.int32), many[:M].view(torch.int32)), (N, D, M)
+
+
+@pytest.mark.parametrize("name", SUMMED_IN_BLOCKS)
+@pytest.mark.parametrize("M", [1, 3, 33])
+def test_quantised_weights_are_summed_in_float32(name: str, M: int, seed: int) -> None:
+    random = Random(seed)
+    with polymoe.force_isa_level("amx"):
+        for N, D in ((1, 31), (33, 70), (100, 1334)):
+            weight = random_weight(name, N, D, 4, random)
+            a = random.normal(M, D).bfloat16()
+            dense = formats.parse(weight.format).dequantize(weight, torch.float64)[0]
+            exact, magnitude = a.double() @ dense.T, a.double().abs() @ dense.abs().T
+            # A rounding for every element but the first, and one for every multiplication by a scale.
+            assert ((products(a, weight) - exact).abs() <= (D + -(-D // 32)) * EPSILON * magnitude).all(), (N, D)
+
+
+@pytest.mark.parametrize("name", ["mxfp8", "fp8_block128"])
+def test_subnormal_codes_where_the_thread_flushes_subnormal_numbers(name: str, seed: int) -> None:
+    random = Random(seed)
+    weight = random_weight(name, 40, 600, 4, random)
+    weight.data.view(torch.uint8).bitwise_and_(0x87)
+    a = random.normal(2, 600).bfloat16()
+    with polymoe.force_isa_level("amx"):
+        usual = products(a, weight)
+        assert torch.set_flush_denormal(True)
+        try:
+            flushed = products(a, weight)
+        finally:
+            torch.set_flush_denormal(False)
+    assert usual.all()
+    assert torch.equal(flushed, usual)
+
+
+@pytest.mark.parametrize("name", ["mxfp8", "fp8_block32"])
+def test_nan_among_few_rows_has_the_bits_of_many(name: str, seed: int) -> None:
+    random = Random(seed)
+    weight = random_weight(name, 70, 1100, 4, random)
+    codes = weight.data.view(torch.uint8)
+    for row, column, code in ((3, 0, 0x7F), (17, 700, 0xFF), (64, 1099, 0x7F)):
+        codes[0, row, column] = code
+    a = random.normal(40, 1100).bfloat16()
+    with polymoe.force_isa_level("amx"):
+        many = products(a, weight)
+        assert many.isnan().any(0).nonzero().flatten().tolist() == [3, 17, 64]
+        for M in (1, 2, 3):
+            assert torch.equal(products(a[:M], weight).view(torch.int32), many[:M].view(torch.int32)), M
 
 
 @pytest.mark.parametrize("D", [2500, 4200])

@@ -5,6 +5,6 @@
 
 namespace polymoe::amx {
 
-extern const GemmKernel plain_bf16, packed_bf16, int8_bf16, mxfp4_bf16;
+extern const GemmKernel plain_bf16, packed_bf16, int8_bf16, int4_bf16, fp8_bf16, mxfp8_bf16, mxfp4_bf16;
 
 }  // namespace polymoe::amx

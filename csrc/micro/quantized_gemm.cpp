@@ -325,6 +325,12 @@ template <>
 constexpr const GemmKernel* kBf16<Mxfp4> = &mxfp4_bf16;
 template <>
 constexpr const GemmKernel* kBf16<Int8> = &int8_bf16;
+template <>
+constexpr const GemmKernel* kBf16<Int4> = &int4_bf16;
+template <>
+constexpr const GemmKernel* kBf16<Fp8> = &fp8_bf16;
+template <>
+constexpr const GemmKernel* kBf16<Mxfp8> = &mxfp8_bf16;
 #endif
 
 template <template <class> class Codec>

@@ -1,0 +1,13 @@
+// The matmul kernel for fp8 weights and bf16 on AMX tiles.
+#include "amx_gemm.h"
+
+#if defined(POLYMOE_LEVEL_AMX)
+
+#include "amx_strip.h"
+
+namespace polymoe::POLYMOE_LEVEL {
+
+const GemmKernel fp8_bf16 = kOnTiles<Fp8<Dot>>;
+
+}  // namespace polymoe::POLYMOE_LEVEL
+#endif
