@@ -198,6 +198,22 @@ def test_every_e8m0_scale(name: str, target: Target) -> None:
     assert nan.sum() == 2 * size
 
 
+@pytest.mark.parametrize("mode", ["int8", "int8_g128"])
+def test_every_e8m0_scale_with_int8_activations(mode: str, target: Target) -> None:
+    """The same with rows of 127, which 8-bit integers hold exactly; 18 groups, of which 16 are read at a time."""
+    codes = torch.full((1, 256, 576), 2)  # 1
+    scale = torch.arange(256, dtype=torch.uint8)[None, :, None].expand(1, 256, 18).contiguous()
+    weight = Weight(weight_of("mxfp4", codes, Random(0)).data, scale, None, "mxfp4", 256, 576)
+    expected = (127 * dequantized(weight)[0, :, :1].mT).float()
+    for count in (1, 7):
+        for place in (40, 570):
+            a = torch.zeros(count, 576)
+            a[:, place] = 127
+            out = multiply(a, weight, target, mode=mode)
+            assert torch.equal(out[:, :255], expected[:, :255].expand(count, -1))
+            assert out[:, 255].isnan().all()
+
+
 @pytest.mark.parametrize("name", ["mxfp4", "mxfp8"])
 def test_groups_far_apart(name: str, target: Target, seed: int) -> None:
     """Groups of a row that differ by up to 2^100."""
