@@ -79,6 +79,23 @@ Ahead ahead_of_group(const Rows& rows, int64_t group, int64_t steps, const float
   return ahead;
 }
 
+// What few rows ask for: of each panel what comes kFewAhead steps later, in the end of the panels that follow.
+struct PanelsAhead {
+  static constexpr int64_t kFewAhead = 32;
+  const char *panel[2], *next[2];  // null where there is none
+  int64_t steps;
+
+  [[gnu::always_inline]] void operator()(int64_t step, int part, int) const {
+    constexpr int64_t half = kPanelStep / 2;  // two products use a step of a panel
+    const int64_t at = step + kFewAhead;
+    const char* const from = at < steps ? panel[part / 2] : next[part / 2];
+    if (!from) return;
+    const char* const lines = from + (at < steps ? at : at - steps) * kPanelStep + part % 2 * half;
+#pragma GCC unroll 16
+    for (int64_t i = 0; i < half; i += kLine) __builtin_prefetch(lines + i, 0, 2);
+  }
+};
+
 // `after`: the weights that follow these, or null.
 void multiply_full_panels(const Rows& rows, const char* weights, int64_t panels, int64_t column, const char* after,
                           Configured& configured) {
@@ -89,15 +106,17 @@ void multiply_full_panels(const Rows& rows, const char* weights, int64_t panels,
   // Multiplies panels [p, p + together(p)), found by `find`, with all row groups, while `next` is asked for.
   const auto strip = [&](int64_t p, int64_t begin, int64_t steps, const char* next, auto find) {
     const int count = int(together(p));
-    const char* panel[2];
+    const char* panel[2] = {};
     for (int i = 0; i < count; ++i) panel[i] = find(weights + (p + i) * panel_bytes, i);
     for (int64_t group = 0; group < rows.groups.count; ++group) {
       float* const c = rows.sums(group) + column + p * kPanel;
-      if (rows.small())  // few rows wait for memory, whoever asks
-        multiply_panels(rows, group, panel, count, begin, steps, c, rows.ldc, configured, Nothing{});
-      else
+      if (rows.small()) {
+        const PanelsAhead ahead{{panel[0], panel[1]}, {next, next ? next + panel_bytes : nullptr}, steps};
+        multiply_panels(rows, group, panel, count, begin, steps, c, rows.ldc, configured, ahead);
+      } else {
         multiply_panels(rows, group, panel, count, begin, steps, c, rows.ldc, configured,
                         ahead_of_group(rows, group, steps, c, next));
+      }
     }
   };
   // A block along the reduction passes over all strips before the next one: its slice of A stays in the L2 cache.
