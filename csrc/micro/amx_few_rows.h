@@ -4,8 +4,8 @@
 // rows whose elements are far enough from the ends of the range that no sum can be subnormal, nor overflow.
 #pragma once
 
-#include "../formats/quantized.h"
 #include "amx_product.h"
+#include "bytes.h"
 
 namespace polymoe::POLYMOE_LEVEL {
 namespace {
@@ -54,25 +54,7 @@ class FewRows {
   bool narrow_;
 };
 
-// `count` bytes of each of 16 rows, at most 16, and zeros after them: lane r of vector i has bytes 4i to 4i + 3 of row
-// r.
-template <class Line>
-[[gnu::always_inline]] inline void load_lanes(Line&& line, __m512i (&v)[4]) {
-  const auto four = [&](int first) {
-    __m512i x = _mm512_castsi128_si512(line(first));
-    x = _mm512_inserti32x4(x, line(first + 4), 1);
-    x = _mm512_inserti32x4(x, line(first + 8), 2);
-    return _mm512_inserti32x4(x, line(first + 12), 3);
-  };
-  const __m512i a = four(0), b = four(1), c = four(2), d = four(3);
-  const __m512i low0 = _mm512_unpacklo_epi32(a, b), high0 = _mm512_unpackhi_epi32(a, b);
-  const __m512i low1 = _mm512_unpacklo_epi32(c, d), high1 = _mm512_unpackhi_epi32(c, d);
-  v[0] = _mm512_unpacklo_epi64(low0, low1), v[1] = _mm512_unpackhi_epi64(low0, low1);
-  v[2] = _mm512_unpacklo_epi64(high0, high1), v[3] = _mm512_unpackhi_epi64(high0, high1);
-}
-inline void load_lanes(const char* const* row, int64_t at, __m512i (&v)[4]) {
-  load_lanes([&](int r) { return _mm_loadu_si128(reinterpret_cast<const __m128i*>(row[r] + at)); }, v);
-}
+// The same with `count` bytes of each row, at most 16, and zeros after them.
 inline void load_lanes_of(int64_t count, const char* const* row, int64_t at, __m512i (&v)[4]) {
   const __mmask16 mask = lanes_below(count < 0 ? 0 : count < 16 ? int(count) : 16);
   load_lanes([&](int r) { return _mm_maskz_loadu_epi8(mask, row[r] + at); }, v);
@@ -81,13 +63,6 @@ inline void load_lanes_of(int64_t count, const char* const* row, int64_t at, __m
 // Byte i of the 16 that load_lanes loaded, for every row.
 inline __m512i byte_of_lanes(const __m512i (&v)[4], int i) {
   return _mm512_and_si512(_mm512_srli_epi32(v[i / 4], unsigned(i % 4 * 8)), _mm512_set1_epi32(0xff));
-}
-
-inline VF from_e8m0(__m512i code) {
-  const __mmask16 least = _mm512_testn_epi32_mask(code, code);
-  const __mmask16 nan = _mm512_cmpeq_epi32_mask(code, _mm512_set1_epi32(255));
-  const __m512i usual = _mm512_mask_mov_epi32(_mm512_slli_epi32(code, 23), least, _mm512_set1_epi32(1 << 22));
-  return {_mm512_castsi512_ps(_mm512_mask_mov_epi32(usual, nan, _mm512_set1_epi32(0x7fc00000)))};
 }
 
 // What 16 rows of W take from their scales in a panel, lane by lane. `factor` is what the sum of a step is multiplied

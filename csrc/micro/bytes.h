@@ -30,29 +30,35 @@ inline Bytes dot(Bytes acc, Bytes w, int32_t a) {
 }
 #endif
 
+// The e8m0 code of every lane.
+inline VF from_e8m0(__m512i code) {
+  const __mmask16 least = _mm512_testn_epi32_mask(code, code);
+  const __mmask16 nan = _mm512_cmpeq_epi32_mask(code, _mm512_set1_epi32(255));
+  const __m512i usual = _mm512_mask_mov_epi32(_mm512_slli_epi32(code, 23), least, _mm512_set1_epi32(1 << 22));
+  return {_mm512_castsi512_ps(_mm512_mask_mov_epi32(usual, nan, _mm512_set1_epi32(0x7fc00000)))};
+}
 // The e8m0 code in byte i of every lane.
 inline VF e8m0_of_byte(Bytes x, int i) {
-  const __m512i code = _mm512_and_si512(_mm512_srli_epi32(x, unsigned(8 * i)), _mm512_set1_epi32(255));
-  __m512i bits = _mm512_slli_epi32(code, 23);
-  bits = _mm512_mask_mov_epi32(bits, _mm512_testn_epi32_mask(code, code), _mm512_set1_epi32(1 << 22));
-  const __mmask16 nan = _mm512_cmpeq_epi32_mask(code, _mm512_set1_epi32(255));
-  return {_mm512_castsi512_ps(_mm512_mask_mov_epi32(bits, nan, _mm512_set1_epi32(0x7fc00000)))};
+  return from_e8m0(_mm512_and_si512(_mm512_srli_epi32(x, unsigned(8 * i)), _mm512_set1_epi32(255)));
 }
 
-// 16 bytes of each of 16 rows: lane r of vector i has bytes 4i to 4i + 3 of row r.
-inline void load_lanes(const char* const* row, int64_t at, Bytes (&v)[4]) {
+// 16 bytes of each of 16 rows, line(r) those of row r: lane r of vector i has bytes 4i to 4i + 3 of row r.
+template <class Line>
+[[gnu::always_inline]] inline void load_lanes(Line&& line, Bytes (&v)[4]) {
   const auto four = [&](int first) {
-    const auto line = [&](int i) { return _mm_loadu_si128(reinterpret_cast<const __m128i*>(row[first + 4 * i] + at)); };
-    __m512i x = _mm512_castsi128_si512(line(0));
-    x = _mm512_inserti32x4(x, line(1), 1);
-    x = _mm512_inserti32x4(x, line(2), 2);
-    return _mm512_inserti32x4(x, line(3), 3);
+    __m512i x = _mm512_castsi128_si512(line(first));
+    x = _mm512_inserti32x4(x, line(first + 4), 1);
+    x = _mm512_inserti32x4(x, line(first + 8), 2);
+    return _mm512_inserti32x4(x, line(first + 12), 3);
   };
   const __m512i a = four(0), b = four(1), c = four(2), d = four(3);
   const __m512i low0 = _mm512_unpacklo_epi32(a, b), high0 = _mm512_unpackhi_epi32(a, b);
   const __m512i low1 = _mm512_unpacklo_epi32(c, d), high1 = _mm512_unpackhi_epi32(c, d);
   v[0] = _mm512_unpacklo_epi64(low0, low1), v[1] = _mm512_unpackhi_epi64(low0, low1);
   v[2] = _mm512_unpacklo_epi64(high0, high1), v[3] = _mm512_unpackhi_epi64(high0, high1);
+}
+inline void load_lanes(const char* const* row, int64_t at, Bytes (&v)[4]) {
+  load_lanes([&](int r) { return _mm_loadu_si128(reinterpret_cast<const __m128i*>(row[r] + at)); }, v);
 }
 
 #elif defined(POLYMOE_LEVEL_AVX2)
