@@ -13,6 +13,8 @@ import polymoe
 from polymoe import formats
 from polymoe.formats import Fp8Block, Int4, Weight
 from polymoe.formats.codes import pack_nibbles, round_up_to_e8m0, to_e4m3
+from polymoe.hal.problem import OPS, Problem
+from polymoe.hal.select import serving
 from polymoe.testing.cases import Random
 from polymoe.testing.conformance._run import op_threads, serial
 from polymoe.testing.conformance.bitwise import check_batch, check_threads
@@ -59,8 +61,17 @@ def multiply(a: Tensor, weight: Weight, target: Target, ends: Tensor | None = No
         return polymoe.grouped_mm(a, weight.data.mT, ends, None, torch.float32, *how, backend=target.backend, **options)
 
 
-# Every format in every mode that it has on a CPU.
-MODES = [(name, mode) for mode in formats.MODES for name in NAMES if mode in {*formats.FORMATS[name].modes} - {"fp8"}]
+def on_cpu(name: str, mode: str) -> bool:
+    options = OPS["grouped_mm"].options | {"weight_format": name, "mode": mode}
+    return "cpu" in serving(Problem("grouped_mm", "cpu", torch.float32, tuple(options.values())))
+
+
+MODES = [
+    (name, mode)
+    for mode in formats.MODES
+    for name in NAMES
+    if mode in formats.FORMATS[name].modes and on_cpu(name, mode)
+]
 INT8_MODES = [(name, mode) for name, mode in MODES if mode != "weight_only"]
 
 
@@ -120,7 +131,7 @@ def test_int8_activations_that_are_not_finite(mode: str, target: Target, seed: i
     large = torch.full((1, 96), 3e38)
     weight.scale.fill_(60)  # 2^-67
     truth = large.double() @ dequantized(weight)[0].mT
-    assert relative_frobenius(multiply(large, weight, target, mode=mode), truth) < 1e-5
+    assert relative_frobenius(multiply(large, weight, target, mode=mode), truth) <= frobenius_error(96)
 
 
 def published_activations(x: Tensor, powers_of_two: bool = True) -> Tensor:
