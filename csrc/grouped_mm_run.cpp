@@ -71,14 +71,15 @@ void write_sums(const Block& block, const char* sums, int64_t stride, int64_t co
   const int64_t size = accumulator_size(types.in), out_size = size_of(types.out);
   const bool is_wide = out_size == size;
   const char* const bias = widened_bias(p, column, columns, types, table);
+  if (types.streams && !bias) {
+    table.rows->stream_rows[int(types.out)](sums, stride * size, p.out + block.begin * p.out_stride + column * out_size,
+                                            p.out_stride, block.rows, columns);
+    return;
+  }
   char* const copy = types.accumulate && !is_wide ? scratch(Scratch::bias, columns * size) : nullptr;
   for (int64_t r = 0; r < block.rows; ++r) {
     char* const out = p.out + (block.begin + r) * p.out_stride + column * out_size;
     const char* add = bias;
-    if (types.streams && !bias) {
-      table.rows->stream_row[int(types.out)](sums ? sums + r * stride * size : nullptr, out, columns);
-      continue;
-    }
     if (types.accumulate) {
       if (copy) table.rows->widen_row[int(types.out)](out, copy, columns);
       add = copy ? copy : out;
@@ -96,10 +97,13 @@ class Worker {
   Worker(const LevelTable& table, const Types& types)
       : table_(table), gemm_(gemm_kernel(table, types.multiplied(), types.in)), types_(types) {}
 
-  // A copy of columns pays by long rows of memory; after a short reduction it is the sums of a row group that the L1
-  // cache should hold.
-  static int64_t target_columns(const Types& types, int64_t d) {
-    return types.copies_panels ? d <= kShort ? 256 : 512 : 192;
+  // A copy of columns pays by long rows of memory, the longer the fewer rows of sums the L2 cache has to hold; after a
+  // short reduction it is the sums of a row group that the L1 cache should hold. `rows`: the most of a problem.
+  static int64_t target_columns(const Types& types, int64_t d, int64_t rows) {
+    constexpr int64_t kFewRows = 64;
+    if (!types.copies_panels) return 192;
+    if (d <= kShort) return 128;
+    return rows <= kFewRows ? 2048 : 512;
   }
   static int64_t rows_of_block(const LevelTable& table, const Types& types, int64_t d) {
     return block_rows(Panel::resident_bytes(gemm_kernel(table, types.multiplied(), types.in), d), cache_sizes().l2);
@@ -138,19 +142,20 @@ class Worker {
   // Row group by row group, so that its sums stay in the L1 or L2 cache until they are rounded.
   void run_short(const Block& block, int64_t column, int64_t columns) {
     const Problem& p = *block.problem;
-    const int64_t size = accumulator_size(types_.in), row_bytes = Panel::row_bytes(gemm_, p.d);
+    const int64_t size = accumulator_size(types_.in);
+    const int64_t padded = ceil_div(p.d, gemm_.step) * gemm_.step;  // both operands have zeros there
     const Operand w = p.w.at(column);
-    char* const copy = scratch(Scratch::weights, columns * p.d * size_of(types_.in));
+    char* const copy = scratch(Scratch::weights, columns * padded * size_of(types_.in));
     gemm_.pack_columns(w.data, w.d_stride, columns, p.d, copy);
-    const Weights panels{copy, nullptr, columns, 0, columns, nullptr};
-    const RowGroups groups(block.rows, gemm_.max_rows);
-    for (int64_t group = 0; group < groups.count; ++group) {
-      const int64_t first = groups.first_row(group), rows = groups.rows(group);
-      const int64_t stride = columns + kApart / size;
-      char* const sums = scratch(Scratch::accumulators, rows * stride * size);
-      gemm_.multiply(panel_ + first * row_bytes, rows, panels, columns, p.d, sums, stride);
-      write_sums({&p, block.begin + first, rows}, sums, stride, column, columns, types_, table_);
-    }
+    const int64_t stride = columns + kApart / size;
+    float* const sums = reinterpret_cast<float*>(scratch(Scratch::accumulators, gemm_.max_rows * stride * size));
+    auto write = [&](int64_t first, int64_t rows) {
+      write_sums({&p, block.begin + first, rows}, reinterpret_cast<const char*>(sums), stride, column, columns, types_,
+                 table_);
+    };
+    const GroupSink sink{[](void* f, int64_t first, int64_t rows) { (*static_cast<decltype(write)*>(f))(first, rows); },
+                         &write};
+    gemm_.multiply_groups(panel_, block.rows, copy, columns, padded, sums, stride, sink);
   }
 
   void pack(const Block& block) {
@@ -207,7 +212,7 @@ class ColumnWorker {
 
   // Rows of the result are long, so that they are written page by page, and W is read in long rows as well.
   static constexpr int64_t kTargetColumns = 2048;
-  static int64_t target_columns(const Types&, int64_t) { return kTargetColumns; }
+  static int64_t target_columns(const Types&, int64_t, int64_t) { return kTargetColumns; }
   // The reduction goes over all rows block by block, so it is the sums that the cache should hold.
   static int64_t rows_of_block(const LevelTable&, const Types& types, int64_t) {
     return block_rows(kTargetColumns * accumulator_size(types.in), cache_sizes().l2);
@@ -252,10 +257,11 @@ class ColumnWorker {
 template <class Worker>
 void run(const std::vector<Problem>& problems, const Types& types) {
   const LevelTable& table = level_table(types.in);
-  int64_t width = 0, depth = 0;
+  int64_t width = 0, depth = 0, most_rows = 0;
   for (const Problem& p : problems) {
     width = std::max(width, p.n);
     depth = std::max(depth, p.d);
+    most_rows = std::max(most_rows, p.m);
   }
   if (width == 0) return;
   const int threads = num_threads();
@@ -270,8 +276,8 @@ void run(const std::vector<Problem>& problems, const Types& types) {
     }
   }
   constexpr int64_t kUnit = kPanel;
-  const int64_t columns =
-      task_columns(width, kUnit, Worker::target_columns(types, depth), int64_t(blocks.size()), threads);
+  const int64_t target = Worker::target_columns(types, depth, most_rows);
+  const int64_t columns = task_columns(width, kUnit, target, int64_t(blocks.size()), threads);
   std::vector<int64_t> first_task;  // of each block
   int64_t tasks = 0;
   for (const Block& block : blocks) {

@@ -80,3 +80,24 @@ def test_a_result_past_the_caches_has_the_same_bits(width, out_dtype, sizes, tar
             rows, only = slice(end - size, end), torch.tensor([size], dtype=torch.int32)
             expected = polymoe.grouped_mm(a[rows].mT, b[rows], only, out_dtype=out_dtype, backend=target.backend)
             assert torch.equal(found[g], expected[0]), f"group {g}"
+
+
+@pytest.mark.parametrize("width", [4096, 4095])
+def test_values_of_every_kind_are_rounded_alike_past_the_caches(width, target, seed):
+    """Random bits, so huge and tiny numbers, infinities and NaNs, among ordinary ones and zeros."""
+    if target.backend != "cpu":
+        pytest.skip("a property of the cpu backend")
+    M, generator = 4160, torch.Generator().manual_seed(seed)
+    bits = torch.randint(-(2**15), 2**15, (2, width), generator=generator, dtype=torch.int16)
+    ordinary = torch.rand(2, width, generator=generator) < 0.5
+    b = torch.where(ordinary, torch.randn(2, width, generator=generator).bfloat16(), bits.view(torch.bfloat16))
+    a = torch.randn(2, M, generator=generator).bfloat16()
+    a[1, ::2] = 0
+    ends = torch.tensor([2], dtype=torch.int32)
+    with poisoned():
+        found = polymoe.grouped_mm(a.mT, b, ends, backend=target.backend)
+        assert found.nbytes >= 32 << 20
+        for rows in torch.arange(M).split(1040):
+            expected = polymoe.grouped_mm(a[:, rows].mT, b, ends, backend=target.backend)
+            # Which of two NaNs a sum keeps is nobody's promise.
+            torch.testing.assert_close(found[0, rows], expected[0], rtol=0, atol=0, equal_nan=True)

@@ -181,6 +181,34 @@ void multiply_packed(const char* a, int64_t m, const Weights& w, int64_t n, int6
   if (first < n) multiply_run(rows, w.second, n - first, w.left, first, w.next, configured);
 }
 
+// No exception table may stand in an object of a level; one that passes here leaves the tile registers configured.
+[[gnu::noinline, gnu::nothrow]] void hand_over(const GroupSink& sink, int64_t first, int64_t rows) {
+  sink.take(sink.context, first, rows);
+}
+
+// Sums stay in the L1 cache and the tile registers keep their shape: after a short reduction both count.
+void multiply_groups(const char* a, int64_t m, const char* w, int64_t n, int64_t d, float* sums, int64_t lds,
+                     const GroupSink& sink) {
+  const RowGroups groups(m, kMaxRows);
+  Configured configured;
+  const int64_t panels = n / kPanel, panel_bytes = kPanel * d * int64_t(sizeof(bf16));
+  for (int64_t group = 0; group < groups.count; ++group) {
+    const int64_t first = groups.first_row(group), count = groups.rows(group);
+    const Rows rows{a + first * steps_of(d) * kLine, RowGroups(count, kMaxRows), d, sums, lds};
+    if (!trivial(rows, count, n)) {
+      const int64_t per_strip = rows.small() ? 2 : 1;
+      for (int64_t p = 0; p < panels; p += per_strip) {
+        const char* const panel[2] = {w + p * panel_bytes, w + (p + 1) * panel_bytes};
+        multiply_panels(rows, 0, panel, int(panels - p < per_strip ? panels - p : per_strip), 0, rows.steps(),
+                        sums + p * kPanel, lds, configured, Nothing{});
+      }
+      if (n % kPanel != 0)
+        multiply_short_panel(rows, w + panels * panel_bytes, n % kPanel, panels * kPanel, configured);
+    }
+    hand_over(sink, first, count);
+  }
+}
+
 // A step of a row is a row of a tile.
 void pack_left(const char* const* rows, int64_t count, int64_t d, char* out) {
   for (int64_t r = 0; r < count; ++r) {
@@ -211,20 +239,17 @@ struct Pairs {
 [[gnu::nothrow]] void pack_columns(const char* w, int64_t stride, int64_t n, int64_t d, char* out) {
   constexpr int64_t kAhead = 16;
   const Pairs pairs;
-  for (int64_t k = 0; k < d; k += 2) {
+  const int64_t padded = steps_of(d) * kStep;
+  for (int64_t k = 0; k < padded; k += 2) {
     const char* const even = w + k * stride;
     for (int64_t column = 0; column < n; column += kPanel) {
       const int64_t columns = n - column < kPanel ? n - column : kPanel;
       const __mmask32 mask = __mmask32((uint64_t{1} << columns) - 1);
-      char* const to = out + (column * d + k * columns) * int64_t(sizeof(bf16));
+      char* const to = out + (column * padded + k * columns) * int64_t(sizeof(bf16));
       const char* const from = even + column * int64_t(sizeof(bf16));
       for (int64_t row = 0; row < 2 && k + kAhead + row < d; ++row) __builtin_prefetch(from + (kAhead + row) * stride);
-      const __m512i a = _mm512_maskz_loadu_epi16(mask, from);
-      if (k + 1 == d) {
-        _mm512_mask_storeu_epi16(to, mask, a);
-        continue;
-      }
-      const __m512i b = _mm512_maskz_loadu_epi16(mask, from + stride);
+      const __m512i a = _mm512_maskz_loadu_epi16(k < d ? mask : 0, from);
+      const __m512i b = _mm512_maskz_loadu_epi16(k + 1 < d ? mask : 0, from + stride);
       const __m512i first = pairs.first(a, b), second = pairs.second(a, b);
       if (columns == kPanel) {
         _mm512_storeu_si512(to, first);
@@ -243,7 +268,7 @@ constexpr int64_t kFewRowsSteps = 4, kManyRowsSteps = 8;
 constexpr int64_t kResident = int64_t(1) << 20;  // bytes of A that the L2 cache holds beside what passes through it
 
 int64_t column_workspace(int64_t d) {
-  const int64_t block = kBlockPanels * kManyRowsSteps * kPanelStep, panel = kPanel * d * int64_t(sizeof(bf16));
+  const int64_t block = kBlockPanels * kManyRowsSteps * kPanelStep, panel = steps_of(d) * kPanelStep;
   return block > panel ? block : panel;
 }
 
@@ -310,8 +335,9 @@ void multiply_columns(const char* a, int64_t m, const char* w, int64_t stride, i
   const int64_t panels = n / kPanel, steps = many ? kManyRowsSteps : kFewRowsSteps, panel_bytes = steps * kPanelStep;
   const int64_t strips = (panels + kBlockPanels - 1) / kBlockPanels, blocks = (rows.steps() + steps - 1) / steps;
   const int64_t per_strip = rows.small() ? 2 : 1;
-  // Where the rows of A are too many for the L2 cache, all strips take one slice of them after the other.
-  const bool slices = m * rows.steps() * kLine > kResident;
+  // All strips take one slice of A after the other where its rows are too many for the L2 cache, and where they are
+  // few: then rows of W are read as runs through their pages.
+  const bool slices = !many || m * rows.steps() * kLine > kResident;
   const auto block_at = [&](int64_t i) { return slices ? i / strips : i % blocks; };
   const auto panel_at = [&](int64_t i) { return (slices ? i % strips : i / blocks) * kBlockPanels; };
   const auto from = [&](int64_t i) { return w + block_at(i) * steps * kStep * stride + panel_at(i) * kLine; };
@@ -334,13 +360,15 @@ void multiply_columns(const char* a, int64_t m, const char* w, int64_t stride, i
   }
   if (n % kPanel == 0) return;
   pack_columns(w + panels * kLine, stride, n % kPanel, d, workspace);
-  multiply_short_panel(rows, workspace, n % kPanel, panels * kPanel, configured);
+  const Rows padded{a, rows.groups, rows.steps() * kStep, rows.c, ldc};
+  multiply_short_panel(padded, workspace, n % kPanel, panels * kPanel, configured);
 }
 
 }  // namespace
 
-const GemmKernel packed_bf16 = {kStep,   sizeof(bf16), kMaxRows,         int(kPanel),      pack_left, multiply_packed,
-                                nullptr, pack_columns, multiply_columns, column_workspace, nullptr,   kSlice};
+const GemmKernel packed_bf16 = {kStep,           sizeof(bf16), kMaxRows,       int(kPanel),      pack_left,
+                                multiply_packed, nullptr,      pack_columns,   multiply_columns, column_workspace,
+                                nullptr,         kSlice,       multiply_groups};
 
 }  // namespace polymoe::POLYMOE_LEVEL
 #endif

@@ -71,6 +71,12 @@ struct Weights {
   char* workspace = nullptr;
 };
 
+// Takes a row group's sums: its first row and how many there are.
+struct GroupSink {
+  void (*take)(void* context, int64_t first, int64_t rows);
+  void* context;
+};
+
 struct GemmKernel {
   int step;         // elements of the reduction taken at a time; packed rows of A are padded with zeros to whole steps
   int packed_size;  // bytes that an element of A takes once packed
@@ -88,7 +94,8 @@ struct GemmKernel {
   int64_t (*workspace)(int64_t d) = nullptr;
 
   // Copies W[n, d] of which the `n` rows lie side by side, `stride` bytes from an element to the next along d, to the
-  // layout that the kernel multiplies with. Null where such weights are better multiplied as they lie.
+  // layout that the kernel multiplies with, with zeros up to whole steps of the reduction. Null where such weights are
+  // better multiplied as they lie.
   void (*pack_columns)(const char* w, int64_t stride, int64_t n, int64_t d, char* out) = nullptr;
 
   // Both in one, a block at a time that is used while the caches hold it, for a long reduction. `workspace` has room
@@ -104,6 +111,11 @@ struct GemmKernel {
   // Elements of the reduction, at most, that `multiply` takes through all of a call's rows and columns at a time; 0: it
   // takes whole rows.
   int64_t slice = 0;
+
+  // Multiplies a copy by pack_columns, whose `d` is whole steps, with one row group after the other. The sums of each
+  // replace those of the group before; `sink` takes them.
+  void (*multiply_groups)(const char* a, int64_t m, const char* w, int64_t n, int64_t d, float* sums, int64_t lds,
+                          const GroupSink& sink) = nullptr;
 };
 
 // nullptr where the level has no kernel for the dtype (f64 above the portable level).

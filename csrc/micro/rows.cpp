@@ -28,18 +28,29 @@ void store_row(const void* acc, const void* bias, void* out, int64_t n) {
   }
 }
 
+// Two vectors that follow one another. A level may have a faster way for a type, with the same bits.
+template <class T, class V>
+inline void stream(T* p, V a, V b) {
+  stream(p, a);
+  stream(p + V::width, b);
+}
+
 template <class Out>
-void stream_row(const void* acc, void* out, int64_t n) {
+void stream_rows(const void* acc, int64_t acc_stride, void* out, int64_t out_stride, int64_t rows, int64_t n) {
   using V = typename Compute<Out>::Vector;
+  using Value = typename Compute<Out>::Value;
   constexpr uintptr_t bytes = V::width * sizeof(Out);
-  const auto* from = static_cast<const typename Compute<Out>::Value*>(acc);
-  Out* to = static_cast<Out*>(out);
-  const bool aligned = reinterpret_cast<uintptr_t>(out) % bytes == 0;
-  const auto sums = [&](int64_t i, auto part) { return from ? read<V>(from + i, part) : set<V>(0); };
-  int64_t i = 0;
-  if (aligned)
-    for (; i + V::width <= n; i += V::width) stream(to + i, sums(i, Full{}));
-  for_vectors<V>(n - i, [&](int64_t j, auto part) { write(to + i + j, sums(i + j, part), part); });
+  for (int64_t r = 0; r < rows; ++r) {
+    const auto* from = acc ? reinterpret_cast<const Value*>(static_cast<const char*>(acc) + r * acc_stride) : nullptr;
+    Out* const to = reinterpret_cast<Out*>(static_cast<char*>(out) + r * out_stride);
+    const auto sums = [&](int64_t i, auto part) { return from ? read<V>(from + i, part) : set<V>(0); };
+    int64_t i = 0;
+    if (reinterpret_cast<uintptr_t>(to) % bytes == 0) {
+      for (; i + 2 * V::width <= n; i += 2 * V::width) stream(to + i, sums(i, Full{}), sums(i + V::width, Full{}));
+      for (; i + V::width <= n; i += V::width) stream(to + i, sums(i, Full{}));
+    }
+    for_vectors<V>(n - i, [&](int64_t j, auto part) { write(to + i + j, sums(i + j, part), part); });
+  }
 }
 
 template <class T>
@@ -97,7 +108,7 @@ extern const RowTable row_table;
 const RowTable row_table = {
     {widen_row<float>, widen_row<bf16>, widen_row<f16>, POLYMOE_F64(widen_row<double>)},
     {store_row<float>, store_row<bf16>, store_row<f16>, POLYMOE_F64(store_row<double>)},
-    {stream_row<float>, stream_row<bf16>, stream_row<f16>, POLYMOE_F64(stream_row<double>)},
+    {stream_rows<float>, stream_rows<bf16>, stream_rows<f16>, POLYMOE_F64(stream_rows<double>)},
     {scale_row<float>, scale_row<bf16>, scale_row<f16>, POLYMOE_F64(scale_row<double>)},
     {
         {combine_row<float, float>, combine_row<float, bf16>, combine_row<float, f16>, nullptr},

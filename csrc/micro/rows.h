@@ -18,9 +18,10 @@ struct RowTable {
   // out[i] = acc[i] + bias[i], both f32, rounded once; `bias` may be null. By the type of `out`.
   void (*store_row[kDtypes])(const void* acc, const void* bias, void* out, int64_t n);
 
-  // The same without a bias, or zeros where `acc` is null, written past the caches: for results much larger than these.
-  // The thread fences before it says that it is done.
-  void (*stream_row[kDtypes])(const void* acc, void* out, int64_t n);
+  // The same for rows without a bias, `acc_stride` and `out_stride` bytes apart, or zeros where `acc` is null, written
+  // past the caches: for results much larger than these. The thread fences before it says that it is done.
+  void (*stream_rows[kDtypes])(const void* acc, int64_t acc_stride, void* out, int64_t out_stride, int64_t rows,
+                               int64_t n);
 
   // out[i] = in[i] * weight[0], an f32 product rounded once; `weight` is f32. By the type of `in` and `out`.
   void (*scale_row[kDtypes])(const void* in, const void* weight, void* out, int64_t n);
