@@ -38,7 +38,7 @@ ISA_FLAGS = {
     "avx2": AVX2,
     "avx512": AVX512,
     "avx512_bf16": AVX512_BF16,
-    "amx": [*AVX512_BF16, "-mamx-tile", "-mamx-bf16", "-mprfchw"],
+    "amx": [*AVX512_BF16, "-mamx-tile", "-mamx-bf16", "-mamx-int8", "-mprfchw"],
 }
 # GCC reports its own _mm512_undefined_ps() and the like as used uninitialised; the portable level keeps the warning.
 VECTOR_WARNINGS = ["-Wno-uninitialized", "-Wno-maybe-uninitialized"]

@@ -27,7 +27,7 @@ struct Flag {
   Register reg;
   int bit;
 };
-constexpr std::array<Flag, 17> kCpuidFlags{{
+constexpr std::array<Flag, 18> kCpuidFlags{{
     {"sse3", Isa::avx2, 1, 0, ecx, 0},
     {"ssse3", Isa::avx2, 1, 0, ecx, 9},
     {"sse4_1", Isa::avx2, 1, 0, ecx, 19},
@@ -45,6 +45,7 @@ constexpr std::array<Flag, 17> kCpuidFlags{{
     {"avx512_bf16", Isa::avx512_bf16, 7, 1, eax, 5},
     {"amx_tile", Isa::amx, 7, 0, edx, 24},
     {"amx_bf16", Isa::amx, 7, 0, edx, 22},
+    {"amx_int8", Isa::amx, 7, 0, edx, 25},
 }};
 // Not CPUID flags but XCR0: the registers that the operating system saves when it switches threads.
 constexpr uint64_t kYmmState = 0x6, kZmmState = 0xe6, kTileState = 0x60000;

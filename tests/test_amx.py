@@ -13,6 +13,7 @@ from polymoe import formats
 from polymoe.formats import Weight, pack_
 from polymoe.testing.cases import Random
 from polymoe.testing.poison import poisoned
+from polymoe.testing.tolerances import assert_same_bits
 
 pytestmark = pytest.mark.skipif(
     "amx" not in polymoe.isa_supported(), reason="this machine does not have AMX, or its system does not grant it"
@@ -55,6 +56,27 @@ def test_int8_weights_have_the_bits_of_their_codes_in_bf16(M: int, seed: int) ->
                 out = polymoe.grouped_mm(a, codes.mT, ends, None, torch.float32, "int8", scale)
                 plain = polymoe.grouped_mm(a, codes.bfloat16().mT, ends, out_dtype=torch.float32)
                 assert torch.equal(out, plain * scale), (N, D)
+
+
+@pytest.mark.parametrize("mode", ["int8", "int8_g128"])
+@pytest.mark.parametrize("M", [6, 7, 16, 17, 40])
+def test_rounded_rows_by_int8_weights_have_the_bits_of_vectors(M: int, mode: str, seed: int) -> None:
+    """Tiles take from seven rows on; the level below has none. Extremes of the codes, rows of zeros, of a NaN and of an
+    infinity, and scales from subnormal to large."""
+    random = Random(seed)
+    for N in (1, 15, 16, 17, 33, 130):
+        for D in (1, 31, 32, 96, 127, 128, 545, 1024):
+            codes = random.integers(-128, 128, 1, N, D, dtype=torch.int8)
+            codes[0, 0] = -128
+            a = random.normal(M, D).bfloat16()
+            a[0], a[1], a[2, 0], a[3, D // 2] = 0, -1, torch.nan, torch.inf
+            scale = torch.exp2(random.integers(-140, 30, 1, N, dtype=torch.float32))
+            ends = torch.tensor([M], dtype=torch.int32)
+            outs = []
+            for level in ("amx", "avx512_bf16"):
+                with polymoe.force_isa_level(level), poisoned():
+                    outs.append(polymoe.grouped_mm(a, codes.mT, ends, None, torch.float32, "int8", scale, None, mode))
+            assert_same_bits(*outs, f"N={N} D={D}")
 
 
 def random_weight(name: str, N: int, D: int, spread: int, random: Random) -> Weight:

@@ -9,12 +9,18 @@
 //
 //   part  += (sum - offset * sum of a) * scale of the weights     the pieces of a group
 //   total += part * scale of a                                    the groups
+//
+// With AMX more than a few rows by int8 weights are left to amx_int8_activations.cpp, which takes the same steps.
 #include "bytes.h"
+#include "int8_piece.h"
+
+#if defined(POLYMOE_LEVEL_AMX)
+#include "amx_gemm.h"
+#endif
 
 namespace polymoe::POLYMOE_LEVEL {
 namespace {
 
-constexpr int64_t kPiece = 32;
 constexpr int kFours = kPiece / 4;  // vectors of a piece, for every vector of columns
 constexpr int kVectors = 2;         // of columns in a panel
 constexpr int kLanes = VF::width, kColumns = kVectors * kLanes;
@@ -24,17 +30,6 @@ constexpr int kMaxRows = 6;
 #else
 constexpr int kMaxRows = 2;
 #endif
-
-// A piece of a row of A.
-struct Piece {
-  int8_t code[kPiece];  // of 4-bit weights in every eight the even elements first
-  float scale;
-  // Of the codes, and what the integer sum begins with, that is -offset times it: of this piece, and of its group.
-  float sum, group_sum;
-  int32_t begin, group_begin;
-  char unused[12];  // a cache line in all
-};
-static_assert(sizeof(Piece) == 64);
 
 // --- weights: from lanes of four bytes to unsigned bytes, each the code plus `offset` --------------------------------
 
@@ -346,6 +341,11 @@ void multiply(const char* a, int64_t m, const Weights& w, int64_t n, int64_t d, 
   const int64_t shared = w.matrix->scale_columns;  // elements that share a scale of the weights
   const bool whole = shared == 0 || shared % (GROUP * kPiece) == 0;
   const bool once = decodes_once(m, kRows<C, GROUP>);
+#if defined(POLYMOE_LEVEL_AMX)
+  // Sums over 32 elements leave the tiles so often that the panel, once written, serves many rows better.
+  if (C::bits == 8 && once && shared == 0 && (GROUP > 1 || m <= 16))
+    return (GROUP == 1 ? int8_tiles : int8_g128_tiles)(rows, groups, m, w, n, d, static_cast<float*>(c), ldc);
+#endif
   const int64_t most = once ? kColumns : kLanes;
   char* const panel = space.panel(w.workspace);
   float* const scale = space.scale(w.workspace);

@@ -49,6 +49,11 @@ template <int C, int A, int B>
 [[gnu::always_inline]] inline void tile_dot_bf16() {
   asm volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" : : "i"(C), "i"(A), "i"(B));
 }
+// The same for signed bytes, four at a time, in 32-bit integers.
+template <int C, int A, int B>
+[[gnu::always_inline]] inline void tile_dot_int8() {
+  asm volatile("tdpbssd %%tmm%c2, %%tmm%c1, %%tmm%c0" : : "i"(C), "i"(A), "i"(B));
+}
 
 // The registers of a product of NA by NB tiles. The longer side passes through three registers in turn, the shorter
 // one stays.
