@@ -12,6 +12,7 @@
 //
 // With AMX more than a few rows by int8 weights are left to amx_int8_activations.cpp, which takes the same steps.
 #include "bytes.h"
+#include "int8_few_rows.h"
 #include "int8_piece.h"
 
 #if defined(POLYMOE_LEVEL_AMX)
@@ -117,6 +118,14 @@ class Stored {
         }
       }
     }
+  }
+
+  const char* const* rows() const { return row_; }
+  // The scales of rows that have but one.
+  VF row_scales() const {
+    float scale[kLanes];
+    for (int r = 0; r < kLanes; ++r) __builtin_memcpy(scale + r, scale_[r], sizeof(float));
+    return load<VF>(scale);
   }
 
   // Scales by piece, zero where it is all padding; and, where there are zero points, what they are above C::offset.
@@ -332,6 +341,48 @@ void multiply_groups(const Piece* a, const RowGroups& groups, const Source& w, b
   }
 }
 
+#if defined(POLYMOE_LEVEL_AVX512) || defined(POLYMOE_LEVEL_AVX512_BF16)
+// The lines of the next rows that are where pieces [from, to) are.
+inline void ask_for_lines(const Ahead& ahead, int64_t from, int64_t to) {
+  for (int64_t p = from; p < to; p += ahead.per_line)
+    for (int r = 0; r < ahead.count; ++r) __builtin_prefetch(ahead.row[r] + p * ahead.piece_bytes, 0, 2);
+}
+
+// All of C for M rows of A, without a panel.
+template <class C, int M, int GROUP, int SUMMED>
+void multiply_rows(const Piece* a, const Weights& w, int64_t n, int64_t d, float* c, int64_t ldc) {
+  const Space space(d, GROUP * kPiece);
+  float* const scale = space.scale(w.workspace);
+  float* const offset = w.matrix->zero ? space.offset(w.workspace) : nullptr;
+  char* const dealt = space.panel(w.workspace);
+  if constexpr (C::bits == 4) deal_out<M, GROUP>(a, space.pieces, dealt);
+  for (int64_t j0 = 0; j0 < n; j0 += kLanes) {
+    const int64_t columns = n - j0 < kLanes ? n - j0 : kLanes;
+    const Stored<C> stored(w, j0, columns, d);
+    const Ahead ahead(w, j0 + kLanes, n, kLanes, Stored<C>::piece_bytes);
+    VF total[M];
+    if constexpr (C::bits == 4) {
+      stored.prepare(space.pieces, scale, offset);
+      multiply_few_nibbles<M, C, GROUP, SUMMED>(a, dealt, stored.rows(), d, scale, offset, total,
+                                                [&](int64_t p) { ask_for_lines(ahead, p, p + kChunkPieces); });
+    } else {
+      multiply_few<M, GROUP>(a, stored.rows(), d, stored.row_scales(), total, [&](int64_t p, int q) {
+        if (q == 0) ask_for_lines(ahead, p, p + (GROUP == 1 ? 2 : GROUP));
+      });
+    }
+    for (int i = 0; i < M; ++i) store_n(c + i * ldc + j0, total[i], int(columns));
+  }
+}
+
+template <class C, int GROUP, int SUMMED>
+void multiply_few_rows(const Piece* a, int64_t m, const Weights& w, int64_t n, int64_t d, float* c, int64_t ldc) {
+  static constexpr decltype(&multiply_rows<C, 1, GROUP, SUMMED>) by_rows[] = {
+      multiply_rows<C, 1, GROUP, SUMMED>, multiply_rows<C, 2, GROUP, SUMMED>, multiply_rows<C, 3, GROUP, SUMMED>,
+      multiply_rows<C, 4, GROUP, SUMMED>};
+  by_rows[m - 1](a, w, n, d, c, ldc);
+}
+#endif
+
 template <class C, int GROUP>
 void multiply(const char* a, int64_t m, const Weights& w, int64_t n, int64_t d, void* c, int64_t ldc) {
   const RowGroups groups(m, kRows<C, GROUP>);
@@ -341,6 +392,12 @@ void multiply(const char* a, int64_t m, const Weights& w, int64_t n, int64_t d, 
   const int64_t shared = w.matrix->scale_columns;  // elements that share a scale of the weights
   const bool whole = shared == 0 || shared % (GROUP * kPiece) == 0;
   const bool once = decodes_once(m, kRows<C, GROUP>);
+#if defined(POLYMOE_LEVEL_AVX512) || defined(POLYMOE_LEVEL_AVX512_BF16)
+  if (m <= kFewRows && (C::bits == 4 || shared == 0)) {
+    const auto few = whole ? multiply_few_rows<C, GROUP, GROUP> : multiply_few_rows<C, GROUP, 1>;
+    return few(rows, m, w, n, d, static_cast<float*>(c), ldc);
+  }
+#endif
 #if defined(POLYMOE_LEVEL_AMX)
   // Sums over 32 elements leave the tiles so often that the panel, once written, serves many rows better.
   if (C::bits == 8 && once && shared == 0 && (GROUP > 1 || m <= 16))
