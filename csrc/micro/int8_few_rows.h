@@ -12,7 +12,7 @@
 namespace polymoe::POLYMOE_LEVEL {
 namespace {
 
-constexpr int kFewRows = 4;  // where the trees cost as much as the lanes do
+constexpr int kFewRows = 3;  // beyond, trees for every row cost more than lanes once for all
 constexpr int64_t kChunk = 64;
 
 inline Bytes dot_bytes(Bytes acc, Bytes w, Bytes a) {
@@ -42,7 +42,8 @@ inline void add_halves(const Bytes (&v)[4], Bytes& lower, Bytes& upper) {
   lower = _mm512_shuffle_i32x4(a, b, 0x88), upper = _mm512_shuffle_i32x4(a, b, 0xdd);
 }
 
-// 16 rows of W by M rows of A. `ask(p)` asks for what is needed later, with every piece p.
+// 16 rows of W by M rows of A. `ask(p, q)` asks for what is needed later, in four
+// parts q for every chunk from piece p on.
 template <int M, int GROUP, class Ask>
 [[gnu::always_inline]] inline void multiply_few(const Piece* a, const char* const* row, int64_t d, VF scale,
                                                 VF (&total)[M], Ask&& ask) {

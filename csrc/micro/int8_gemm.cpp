@@ -1,11 +1,12 @@
 // The matmul microkernel for the modes "int8" and "int8_g128": rows of A are rounded to 8-bit integers, every group of
 // 32 or 128 with a scale, and multiplied with weights that are small integers times a scale: 2 * e2m1, int8, int4.
 //
-// The lanes of a vector are columns, and four elements of the reduction lie side by side in each, as the dot product of
-// bytes takes them. For few rows of A weights are brought into that form in registers, where they are used; for more,
-// into a panel first, once for all rows. One factor of the dot product is unsigned, so a weight is the code plus
-// `offset`, and the offset times the sum of A's integers is taken away again. Sums over a piece, 32 elements or 128
-// where all of them share a scale on both sides, are integers and therefore exact, in whatever order; then, in order,
+// One to three rows of A are left to int8_few_rows.h with AVX-512. Otherwise the lanes of a vector are columns, and
+// four elements of the reduction lie side by side in each, as the dot product of bytes takes them. For few rows of A
+// weights are brought into that form in registers, where they are used; for more, into a panel first, once for all
+// rows. One factor of the dot product is unsigned, so a weight is the code plus `offset`, and the offset times the sum
+// of A's integers is taken away again. Sums over a piece, 32 elements or 128 where all of them share a scale on both
+// sides, are integers and therefore exact, in whatever order; then, in order,
 //
 //   part  += (sum - offset * sum of a) * scale of the weights     the pieces of a group
 //   total += part * scale of a                                    the groups
@@ -342,10 +343,10 @@ void multiply_groups(const Piece* a, const RowGroups& groups, const Source& w, b
 }
 
 #if defined(POLYMOE_LEVEL_AVX512) || defined(POLYMOE_LEVEL_AVX512_BF16)
-// The lines of the next rows that are where pieces [from, to) are.
-inline void ask_for_lines(const Ahead& ahead, int64_t from, int64_t to) {
+// Every `step`th of the next rows, from `first` on: the lines that are where pieces [from, to) are.
+inline void ask_for_lines(const Ahead& ahead, int64_t from, int64_t to, int first, int step) {
   for (int64_t p = from; p < to; p += ahead.per_line)
-    for (int r = 0; r < ahead.count; ++r) __builtin_prefetch(ahead.row[r] + p * ahead.piece_bytes, 0, 2);
+    for (int r = first; r < ahead.count; r += step) __builtin_prefetch(ahead.row[r] + p * ahead.piece_bytes, 0, 2);
 }
 
 // All of C for M rows of A, without a panel.
@@ -364,11 +365,10 @@ void multiply_rows(const Piece* a, const Weights& w, int64_t n, int64_t d, float
     if constexpr (C::bits == 4) {
       stored.prepare(space.pieces, scale, offset);
       multiply_few_nibbles<M, C, GROUP, SUMMED>(a, dealt, stored.rows(), d, scale, offset, total,
-                                                [&](int64_t p) { ask_for_lines(ahead, p, p + kChunkPieces); });
+                                                [&](int64_t p) { ask_for_lines(ahead, p, p + kChunkPieces, 0, 1); });
     } else {
-      multiply_few<M, GROUP>(a, stored.rows(), d, stored.row_scales(), total, [&](int64_t p, int q) {
-        if (q == 0) ask_for_lines(ahead, p, p + (GROUP == 1 ? 2 : GROUP));
-      });
+      multiply_few<M, GROUP>(a, stored.rows(), d, stored.row_scales(), total,
+                             [&](int64_t p, int q) { ask_for_lines(ahead, p, p + (GROUP == 1 ? 2 : GROUP), q, 4); });
     }
     for (int i = 0; i < M; ++i) store_n(c + i * ldc + j0, total[i], int(columns));
   }
@@ -377,8 +377,7 @@ void multiply_rows(const Piece* a, const Weights& w, int64_t n, int64_t d, float
 template <class C, int GROUP, int SUMMED>
 void multiply_few_rows(const Piece* a, int64_t m, const Weights& w, int64_t n, int64_t d, float* c, int64_t ldc) {
   static constexpr decltype(&multiply_rows<C, 1, GROUP, SUMMED>) by_rows[] = {
-      multiply_rows<C, 1, GROUP, SUMMED>, multiply_rows<C, 2, GROUP, SUMMED>, multiply_rows<C, 3, GROUP, SUMMED>,
-      multiply_rows<C, 4, GROUP, SUMMED>};
+      multiply_rows<C, 1, GROUP, SUMMED>, multiply_rows<C, 2, GROUP, SUMMED>, multiply_rows<C, 3, GROUP, SUMMED>};
   by_rows[m - 1](a, w, n, d, c, ldc);
 }
 #endif
@@ -426,70 +425,6 @@ void multiply(const char* a, int64_t m, const Weights& w, int64_t n, int64_t d, 
     }
     multiply_groups<GROUP>(rows, groups, Panel{panel}, whole, task);
   }
-}
-
-// Bytes 0, 2, 4, 6, then 1, 3, 5, 7.
-inline uint64_t evens_first(uint64_t x) {
-  const auto evens = [](uint64_t v) {
-    v &= 0x00ff00ff00ff00ffu;
-    v = (v | v >> 8) & 0x0000ffff0000ffffu;
-    return (v | v >> 16) & 0xffffffffu;
-  };
-  return evens(x) | evens(x >> 8) << 32;
-}
-
-// Scale and codes of a group: see polymoe/reference/_quantized.py.
-template <class C, int GROUP>
-void round_group(const float* x, Piece* out) {
-  constexpr int count = GROUP * int(kPiece);
-  uint32_t largest_bits = 0;
-  for (int i = 0; i < count; ++i) {
-    const uint32_t bits = float_bits(x[i]) & 0x7fffffffu;
-    largest_bits = bits > largest_bits ? bits : largest_bits;
-  }
-  const bool finite = largest_bits < 0x7f800000u;
-  const float largest = bits_float(largest_bits), usable = !finite ? 1 : largest > 0x1p-119f ? largest : 0x1p-119f;
-  const float factor = finite ? 127 / usable : 0;
-  int32_t group_sum = 0;
-  for (int p = 0; p < GROUP; ++p, x += kPiece) {
-    int32_t codes[kPiece], sum = 0;
-    for (int i = 0; i < kPiece; ++i) {
-      // Adding 1.5 * 2^23 rounds to an integer, ties to even, which are then the low bits.
-      codes[i] = int32_t(float_bits((finite ? x[i] * factor : 0) + 0x1.8p23f) - float_bits(0x1.8p23f));
-      sum += codes[i];
-    }
-    for (int i = 0; i < kPiece; ++i) out[p].code[i] = int8_t(codes[i]);
-    for (int i = 0; i < kPiece && C::bits == 4; i += 8) {
-      uint64_t eight;
-      __builtin_memcpy(&eight, out[p].code + i, 8);
-      eight = evens_first(eight);
-      __builtin_memcpy(out[p].code + i, &eight, 8);
-    }
-    out[p].scale = finite ? usable / 127 : bits_float(0x7fc00000u);
-    out[p].sum = float(sum);
-    out[p].begin = -C::offset * sum;
-    group_sum += sum;
-  }
-  for (int p = 0; p < GROUP; ++p) {
-    out[p].group_sum = float(group_sum);
-    out[p].group_begin = -C::offset * group_sum;
-  }
-}
-
-template <class C, int GROUP, class T>
-void pack_rows(const char* const* rows, int64_t count, int64_t d, char* out) {
-  constexpr int64_t group = GROUP * kPiece;
-  Piece* const pieces = reinterpret_cast<Piece*>(out);
-  for (int64_t r = 0; r < count; ++r)
-    for (int64_t begin = 0; begin < d; begin += group) {
-      const T* const from = reinterpret_cast<const T*>(rows[r]) + begin;
-      float x[group] = {};
-      if (begin + group <= d)
-        for (int i = 0; i < group; i += kLanes) store(x + i, load<VF>(from + i));
-      else
-        for (int i = 0; i < d - begin; ++i) x[i] = widen(from[i]);
-      round_group<C, GROUP>(x, pieces + (begin / group * count + r) * GROUP);
-    }
 }
 
 template <int GROUP>
