@@ -20,15 +20,16 @@ inline Bytes high_nibbles(Bytes x) { return low_nibbles(_mm512_srli_epi16(x, 4))
 inline Bytes look_up(__m128i table, Bytes index) { return _mm512_shuffle_epi8(_mm512_broadcast_i32x4(table), index); }
 inline Bytes flip_sign(Bytes x) { return _mm512_xor_si512(x, _mm512_set1_epi8(char(0x80))); }
 #if defined(POLYMOE_LEVEL_AVX512_BF16)
-inline Bytes dot(Bytes acc, Bytes w, int32_t a) { return _mm512_dpbusd_epi32(acc, w, _mm512_set1_epi32(a)); }
+inline Bytes dot(Bytes acc, Bytes w, Bytes a) { return _mm512_dpbusd_epi32(acc, w, a); }
 #else
-inline Bytes dot(Bytes acc, Bytes w, int32_t a) {
-  const __m512i x = _mm512_set1_epi32(a), low = _mm512_set1_epi16(0xff);
-  const __m512i even = _mm512_madd_epi16(_mm512_and_si512(w, low), _mm512_srai_epi16(_mm512_slli_epi16(x, 8), 8));
-  const __m512i odd = _mm512_madd_epi16(_mm512_srli_epi16(w, 8), _mm512_srai_epi16(x, 8));
+inline Bytes dot(Bytes acc, Bytes w, Bytes a) {
+  const __m512i low = _mm512_set1_epi16(0xff);
+  const __m512i even = _mm512_madd_epi16(_mm512_and_si512(w, low), _mm512_srai_epi16(_mm512_slli_epi16(a, 8), 8));
+  const __m512i odd = _mm512_madd_epi16(_mm512_srli_epi16(w, 8), _mm512_srai_epi16(a, 8));
   return _mm512_add_epi32(acc, _mm512_add_epi32(even, odd));
 }
 #endif
+inline Bytes dot(Bytes acc, Bytes w, int32_t a) { return dot(acc, w, set_ints(a)); }
 
 // The e8m0 code of every lane.
 inline VF from_e8m0(__m512i code) {

@@ -15,17 +15,6 @@ namespace {
 constexpr int kFewRows = 3;  // beyond, trees for every row cost more than lanes once for all
 constexpr int64_t kChunk = 64;
 
-inline Bytes dot_bytes(Bytes acc, Bytes w, Bytes a) {
-#if defined(POLYMOE_LEVEL_AVX512_BF16)
-  return _mm512_dpbusd_epi32(acc, w, a);
-#else
-  const __m512i low = _mm512_set1_epi16(0xff);
-  const __m512i even = _mm512_madd_epi16(_mm512_and_si512(w, low), _mm512_srai_epi16(_mm512_slli_epi16(a, 8), 8));
-  const __m512i odd = _mm512_madd_epi16(_mm512_srli_epi16(w, 8), _mm512_srai_epi16(a, 8));
-  return _mm512_add_epi32(acc, _mm512_add_epi32(even, odd));
-#endif
-}
-
 // Of four rows: lane r of every 128 bits is the sum of row r's lanes there.
 inline Bytes add_quads(Bytes a, Bytes b, Bytes c, Bytes d) {
   const __m512i ab = _mm512_add_epi32(_mm512_unpacklo_epi32(a, b), _mm512_unpackhi_epi32(a, b));
@@ -42,8 +31,8 @@ inline void add_halves(const Bytes (&v)[4], Bytes& lower, Bytes& upper) {
   lower = _mm512_shuffle_i32x4(a, b, 0x88), upper = _mm512_shuffle_i32x4(a, b, 0xdd);
 }
 
-// 16 rows of W by M rows of A. `ask(p, q)` asks for what is needed later, in four
-// parts q for every chunk from piece p on.
+// 16 rows of 8-bit W by M rows of A. `ask(p, q)` asks for what is needed later: part q of four for each turn from piece
+// p on.
 template <int M, int GROUP, class Ask>
 [[gnu::always_inline]] inline void multiply_few(const Piece* a, const char* const* row, int64_t d, VF scale,
                                                 VF (&total)[M], Ask&& ask) {
@@ -73,7 +62,7 @@ template <int M, int GROUP, class Ask>
             const Piece* const second = GROUP == 1 ? (both ? a + M + m : first) : first + 1;
             const __m256i low = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(first->code));
             const __m256i high = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(second->code));
-            dots[m][r] = dot_bytes(dots[m][r], w, _mm512_inserti64x4(_mm512_castsi256_si512(low), high, 1));
+            dots[m][r] = dot(dots[m][r], w, _mm512_inserti64x4(_mm512_castsi256_si512(low), high, 1));
           }
         }
       }
@@ -144,8 +133,8 @@ template <int M, class C>
 #pragma GCC unroll 4
       for (int m = 0; m < M; ++m) {
         const char* const from = a + m * 2 * kChunk;
-        dots[m][r] = dot_bytes(_mm512_setzero_si512(), low, load_bytes(from));
-        dots[m][r] = dot_bytes(dots[m][r], high, load_bytes(from + kChunk));
+        dots[m][r] = dot(_mm512_setzero_si512(), low, load_bytes(from));
+        dots[m][r] = dot(dots[m][r], high, load_bytes(from + kChunk));
       }
     }
 #pragma GCC unroll 4
