@@ -120,7 +120,8 @@ def test_grouped_mm_means_code_times_scale(name: str, seed: int) -> None:
 def test_int8_rounds_what_is_multiplied(name: str, mode: str, seed: int) -> None:
     """Within half a step of 1/127 of the largest in each group: more than float32 loses, and no more than two roundings
     do, of which the first goes through an activation."""
-    layer, T = Layer(name, seed, T=64), 64  # so many that their mean error is what is expected
+    T = 64  # so many that their mean error is what is expected
+    layer = Layer(name, seed, T=T)
     truth = polymoe.experts(**layer.dense(), backend="reference")
     dense, group = layer.dense(), 128 if mode == "int8_g128" else 32
     h = polymoe.grouped_mm(dense["x"].expand(E, T, H), dense["gate_up"].mT, backend="reference")
