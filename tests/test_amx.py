@@ -42,20 +42,43 @@ def test_weights_give_the_same_bits_however_they_lie(M: int, seed: int) -> None:
                 assert ((plain - exact).abs() <= D * EPSILON * magnitude).all(), (N, D)
 
 
+def in_the_order_of_tiles(x: Tensor, name: str) -> Tensor:
+    """The last dimension as a product with weights of a format takes it: for codes of four bits every fourth element of
+    128, or of what is left in 32, after the other; the halves of 32 in turn for bytes that are integers."""
+    x = torch.nn.functional.pad(x, (0, -x.shape[-1] % 32))
+    D, whole = x.shape[-1], x.shape[-1] // 128 * 128 if name == "mxfp4" else 0
+    parts = torch.arange(whole).reshape(-1, 32, 4).mT, torch.arange(whole, D).reshape(-1, 32)
+    if name == "mxfp4":
+        return x[..., torch.cat([parts[0].flatten(), parts[1].reshape(-1, 8, 4).mT.flatten()])]
+    return x[..., parts[1].reshape(-1, 2, 16).mT.flatten()] if name == "int8" else x
+
+
 @pytest.mark.parametrize("M", [1, 2, 16, 17, 33, 300])
-def test_int8_weights_have_the_bits_of_their_codes_in_bf16(M: int, seed: int) -> None:
-    """Every row is multiplied by its scale once, at the end; 300 rows are more groups than wait for one another."""
-    generator = torch.Generator().manual_seed(seed)
+@pytest.mark.parametrize("name", ["int8", "mxfp4", "mxfp8"])
+def test_weights_without_scales_of_blocks_have_the_bits_of_bf16(name: str, M: int, seed: int) -> None:
+    """bf16 holds codes times powers of two. Every row of int8 is multiplied by its scale once, at the end; 300 rows are
+    more groups than wait for one another."""
+    random = Random(seed)
     with polymoe.force_isa_level("amx"):
         for N in (1, 31, 33, 100):
             for D in (1, 31, 33, 128, 545, 2081):
-                a = torch.randn(M, D, generator=generator).bfloat16()
-                codes = torch.randint(-128, 128, (1, N, D), generator=generator, dtype=torch.int8)
-                scale = torch.rand(1, N, generator=generator)
+                a = random.normal(M, D).bfloat16()
+                if name == "int8":
+                    codes = random.integers(-128, 128, 1, N, D, dtype=torch.int8)
+                    dense, scale = codes.bfloat16(), torch.exp(random.normal(1, N))
+                    weight = Weight(codes, scale, None, name, N, D)
+                else:
+                    weight = random_weight(name, N, D, 60, random)
+                    weight.scale.clamp_(70, 127)
+                    dense, scale = formats.parse(name).dequantize(weight).bfloat16(), torch.ones(1, N)
                 ends = torch.tensor([M], dtype=torch.int32)
-                out = polymoe.grouped_mm(a, codes.mT, ends, None, torch.float32, "int8", scale)
-                plain = polymoe.grouped_mm(a, codes.bfloat16().mT, ends, out_dtype=torch.float32)
-                assert torch.equal(out, plain * scale), (N, D)
+                plain = polymoe.grouped_mm(
+                    in_the_order_of_tiles(a, name),
+                    in_the_order_of_tiles(dense, name).mT,
+                    ends,
+                    out_dtype=torch.float32,
+                )
+                assert torch.equal(products(a, weight), plain * scale), (N, D)
 
 
 @pytest.mark.parametrize("mode", ["int8", "int8_g128"])

@@ -3,7 +3,7 @@
 
 #if defined(POLYMOE_LEVEL_AMX)
 
-#include "amx_strip.h"
+#include "amx_quantized.h"
 
 namespace polymoe::POLYMOE_LEVEL {
 

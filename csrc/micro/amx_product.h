@@ -7,6 +7,8 @@
 // are the left one, which gives C transposed. So both give the same bits.
 #pragma once
 
+#include <type_traits>
+
 #include "gemm_kernel.h"
 #include "simd.h"
 #include "tiles.h"
@@ -74,19 +76,22 @@ struct EachStep {
 template <class F>
 EachStep(F) -> EachStep<F>;
 
-template <int NA, int NB, class Meanwhile>
-[[gnu::always_inline]] inline void multiply_tiles(const Side& a, const Side& b, int64_t steps, bool add, const Sums& c,
-                                                  Meanwhile&& meanwhile) {
-  using T = TileNumbers<NA, NB>;
-  each<NA>([&](auto i) {
-    each<NB>([&](auto j) {
-      constexpr int tile = T::c(i.value, j.value);
-      if (add)
-        tile_load<tile>(c.tile[tile], c.stride);
-      else
-        tile_zero<tile>();
-    });
+// Where a chain of sums goes on: from zero, from where it was stored, or in the registers, which still hold it.
+enum class From { zero, memory, registers };
+
+template <int NA, int NB>
+[[gnu::always_inline]] inline void open_tiles(From from, const Sums& c) {
+  each<NA * NB>([&](auto i) {
+    if (from == From::memory)
+      tile_load<i.value>(c.tile[i.value], c.stride);
+    else if (from == From::zero)
+      tile_zero<i.value>();
   });
+}
+
+template <int NA, int NB, class Meanwhile>
+[[gnu::always_inline]] inline void add_steps(const Side& a, const Side& b, int64_t steps, Meanwhile&& meanwhile) {
+  using T = TileNumbers<NA, NB>;
   int64_t at_a = 0, at_b = 0;
   for (int64_t s = 0; s < steps; ++s, at_a += a.step, at_b += b.step) {
     const auto load_a = [&](auto i) { tile_load<T::a(i.value)>(a.tile[i.value] + at_a, a.stride[i.value]); };
@@ -106,7 +111,19 @@ template <int NA, int NB, class Meanwhile>
       });
     }
   }
+}
+
+template <int NA, int NB>
+[[gnu::always_inline]] inline void close_tiles(const Sums& c) {
   each<NA * NB>([&](auto i) { tile_store<i.value>(c.tile[i.value], c.stride); });
+}
+
+template <int NA, int NB, class Meanwhile>
+[[gnu::always_inline]] inline void multiply_tiles(const Side& a, const Side& b, int64_t steps, bool add, const Sums& c,
+                                                  Meanwhile&& meanwhile) {
+  open_tiles<NA, NB>(add ? From::memory : From::zero, c);
+  add_steps<NA, NB>(a, b, steps, meanwhile);
+  close_tiles<NA, NB>(c);
 }
 
 // Packed rows of A, and what they are multiplied into.
@@ -135,26 +152,35 @@ inline bool trivial(const Rows& rows, int64_t m, int64_t n) {
 
 // ---- Weights as the left operand ----
 
-// The sums of a row group, transposed: up to two tiles of rows of W by one or two tiles of rows of A.
+// The sums of a row group, transposed: up to two tiles of rows of W by one or two tiles of rows of A. Rows of a tile
+// lie as far apart as the first tile of A has columns.
 struct Transposed {
   alignas(64) float tile[4][kTileRows * kTileRows];
 };
 
-// Multiplies one or two tiles of `left`, rows of W, with a row group from step `begin` on. `halves`: of the group.
+// A product of one or two tiles of rows of W with a row group: from where its sums go on, and whether they are stored.
+struct Chain {
+  From from;
+  bool store;
+};
+
+// Multiplies one or two tiles of `left`, rows of W, with a row group from step `begin` on.
 template <class Meanwhile>
 [[gnu::always_inline]] inline void multiply_left(const Rows& rows, int64_t group, const Side& left, int tiles,
-                                                 int tile_rows, int64_t begin, int64_t steps, bool add,
+                                                 int tile_rows, int64_t begin, int64_t steps, Chain chain,
                                                  Transposed& sums, Configured& configured, Meanwhile&& meanwhile) {
   const Halves halves(rows.groups.rows(group));
   const char* const a = rows.at(group, begin);
   const Side right{
       {a, a + halves.count[0] * kLine}, {halves.count[0] * 4, halves.count[1] * 4}, rows.groups.rows(group) * kLine};
   const TileShape shape{{tile_rows, tile_rows}, {halves.count[0], halves.count[1]}};
-  Sums c{{}, kTileRows * int64_t(sizeof(float))};
+  Sums c{{}, halves.count[0] * int64_t(sizeof(float))};
   for (int i = 0; i < 4; ++i) c.tile[i] = sums.tile[i];
   const auto run = [&](auto na, auto nb) {
     configured.become<na.value, nb.value>(shape);
-    multiply_tiles<na.value, nb.value>(left, right, steps, add, c, meanwhile);
+    open_tiles<na.value, nb.value>(chain.from, c);
+    add_steps<na.value, nb.value>(left, right, steps, meanwhile);
+    if (chain.store) close_tiles<na.value, nb.value>(c);
   };
   if (halves.tiles() == 2)
     tiles == 2 ? run(Index<2>{}, Index<2>{}) : run(Index<1>{}, Index<2>{});
@@ -168,7 +194,8 @@ inline void store_transposed(const Rows& rows, int64_t group, int64_t count, con
   for (int64_t i = 0; i * kTileRows < count; ++i)
     for (int j = 0; j < halves.tiles(); ++j) {
       VF v[kTileRows];
-      for (int r = 0; r < kTileRows; ++r) v[r] = load<VF>(sums.tile[i * halves.tiles() + j] + r * kTileRows);
+      const float* const tile = sums.tile[i * halves.tiles() + j];
+      for (int r = 0; r < kTileRows; ++r) v[r] = load_n(tile + r * halves.count[0], halves.count[j]);
       transpose(v);
       float* const c = rows.sums(group) + j * halves.count[0] * rows.ldc + column + i * kTileRows;
       const int64_t left = count - i * kTileRows;
@@ -177,19 +204,55 @@ inline void store_transposed(const Rows& rows, int64_t group, int64_t count, con
     }
 }
 
+// Steps of A whose elements may change places with one another.
+constexpr int64_t kTogether = 4;
+
+// The element of a step of A at every place of its line. `together`: of kTogether whole steps every fourth element is a
+// step.
+struct InOrder {
+  static constexpr bool together = false;
+  static constexpr int element(int place) { return place; }
+};
+
+template <class Order>
+inline __m512i elements_of_places() {
+  alignas(64) uint16_t element[kStep];
+  for (int i = 0; i < kStep; ++i) element[i] = uint16_t(Order::element(i));
+  return _mm512_load_si512(element);
+}
+
+// Step s of a row of d elements, in their order, zeros after the last one.
+template <class Order>
+[[gnu::always_inline]] inline __m512i load_step(const char* row, int64_t s, int64_t d) {
+  const int64_t first = s / kTogether * kTogether;
+  if (Order::together && (first + kTogether) * kStep <= d) {
+    // Word 4w + j of four lines: those of each 64 bits that are not j go.
+    const char* const from = row + first * kLine;
+    const __m128i shift = _mm_cvtsi64_si128((s - first) * 16);
+    const auto words = [&](int line) {
+      return _mm512_cvtepi64_epi16(_mm512_srl_epi64(_mm512_loadu_si512(from + line * kLine), shift));
+    };
+    const auto halves = [&](int line) { return _mm256_set_m128i(words(line + 1), words(line)); };
+    return _mm512_inserti64x4(_mm512_castsi256_si512(halves(0)), halves(2), 1);
+  }
+  const int64_t left = d - s * kStep;
+  const __m512i line = _mm512_maskz_loadu_epi16(left < kStep ? (1u << left) - 1 : ~0u, row + s * kLine);
+  return std::is_same_v<Order, InOrder> ? line : _mm512_permutexvar_epi16(elements_of_places<Order>(), line);
+}
+
 // Packs A as the right operand: a row of a tile has the same pair of every row of A.
-inline void pack_right(const char* const* rows, int64_t count, int64_t d, char* out) {
+template <class Order>
+void pack_right(const char* const* rows, int64_t count, int64_t d, char* out) {
+  if (count == 1) {
+    for (int64_t s = 0; s < steps_of(d); ++s) _mm512_storeu_si512(out + s * kLine, load_step<Order>(rows[0], s, d));
+    return;
+  }
   const Halves halves{int(count)};
   for (int64_t s = 0; s < steps_of(d); ++s)
     for (int half = 0, first = 0; half < halves.tiles(); first += halves.count[half++]) {
-      const int64_t left = d - s * kStep;
       VF v[kTileRows];
-      for (int r = 0; r < kTileRows; ++r) {
-        alignas(64) char line[kLine] = {};
-        if (r < halves.count[half])
-          __builtin_memcpy(line, rows[first + r] + s * kLine, size_t(left < kStep ? left : kStep) * sizeof(bf16));
-        v[r] = load<VF>(reinterpret_cast<const float*>(line));
-      }
+      for (int r = 0; r < kTileRows; ++r)
+        v[r] = r < halves.count[half] ? VF{_mm512_castsi512_ps(load_step<Order>(rows[first + r], s, d))} : set<VF>(0);
       transpose(v);
       float* const tile = reinterpret_cast<float*>(out + (s * count + first) * kLine);
       for (int pair = 0; pair < kTileRows; ++pair)

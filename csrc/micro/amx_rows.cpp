@@ -36,8 +36,9 @@ void multiply_strip(const Rows& rows, const Strip& strip, const char* next_row, 
   const auto multiply = [&](int64_t group, const char* weights, int64_t stride, int64_t begin, int64_t steps,
                             auto&& meanwhile) {
     const Side left{{weights, weights + kTileRows * stride}, {stride, stride}, kLine};
-    multiply_left(rows, group, left, strip.tiles, strip.rows, begin, steps, begin != 0, sums[group % kGroups],
-                  configured, meanwhile);
+    const Chain chain{begin == 0 ? From::zero : From::memory, true};
+    multiply_left(rows, group, left, strip.tiles, strip.rows, begin, steps, chain, sums[group % kGroups], configured,
+                  meanwhile);
   };
   for (int64_t from = 0; from < rows.groups.count; from += kGroups) {
     const int64_t to = from + kGroups < rows.groups.count ? from + kGroups : rows.groups.count;
@@ -91,7 +92,7 @@ void multiply_plain(const char* a, int64_t m, const Weights& w, int64_t n, int64
 
 }  // namespace
 
-const GemmKernel plain_bf16 = {kStep, sizeof(bf16), kMaxRows, 1, pack_right, multiply_plain, nullptr};
+const GemmKernel plain_bf16 = {kStep, sizeof(bf16), kMaxRows, 1, pack_right<InOrder>, multiply_plain, nullptr};
 
 }  // namespace polymoe::POLYMOE_LEVEL
 #endif

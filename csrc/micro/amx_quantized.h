@@ -1,0 +1,149 @@
+// Quantised weights as the left operand of tile products. Codes are decoded to bf16, exactly, for all rows of A.
+//
+// Where a row has one scale, or its groups are taken relative to a base, a sum over the whole reduction is one chain,
+// and is multiplied once. Where blocks have scales, what a block sums to is multiplied by its own and added to the
+// total, which is one fused multiply-add:
+//
+//   total += scale[block] * sum over the block of x * code
+#pragma once
+
+#include "amx_gemm.h"
+#include "amx_strip.h"
+
+namespace polymoe::POLYMOE_LEVEL {
+namespace {
+
+constexpr int64_t kGroupsTogether = 8;  // row groups whose totals wait while a span passes over them all
+
+// The lanes of the sums of a tile, vector by vector: which row of W each belongs to. Where the second tile of A is a
+// column short of the first, lanes between its rows are multiplied and added, too, and never read.
+class RowsOfLanes {
+ public:
+  void become(int columns) {
+    if (columns == columns_) return;
+    columns_ = columns;
+    for (int i = 0; i < columns * kTileRows; ++i) row_[i / kTileRows][i % kTileRows] = i / columns;
+  }
+  int vectors() const { return columns_; }
+  // Of 16 factors of rows, those of vector i.
+  VF spread(VF factors, int i) const { return {_mm512_permutexvar_ps(_mm512_load_si512(row_[i]), factors.v)}; }
+
+ private:
+  int columns_ = 0;
+  alignas(64) int32_t row_[kTileRows][kTileRows];
+};
+
+// f(tile, first lane, factors of its lanes) for every vector of the sums.
+template <class F>
+[[gnu::always_inline]] inline void each_vector(const float* factor, const RowsOfLanes& lanes, int tiles, F&& f) {
+  for (int i = 0; i < kTiles; ++i) {
+    const VF factors = load<VF>(factor + i * kTileRows);
+    for (int v = 0; v < lanes.vectors(); ++v) {
+      const VF spread = lanes.spread(factors, v);
+      for (int j = 0; j < tiles; ++j) f(i * tiles + j, v * kTileRows, spread);
+    }
+  }
+}
+
+template <class C>
+struct Product {
+  const Rows& rows;
+  Spans<C>& spans;
+  const bool alone;  // one row group in all
+  Configured configured;
+  RowsOfLanes lanes[2];  // of row groups, which have one or the other number of rows
+  Transposed sums[kGroupsTogether];
+
+  Product(const Rows& rows, Spans<C>& spans, bool alone) : rows(rows), spans(spans), alone(alone) {}
+
+  int64_t begin(const Span& span) const { return span.pass * kGroupsTogether; }
+  int64_t end(const Span& span) const {
+    const int64_t end = begin(span) + kGroupsTogether;
+    return end < rows.groups.count ? end : rows.groups.count;
+  }
+  Halves halves(int64_t group) const { return Halves(rows.groups.rows(group)); }
+
+  // Steps [s, s + steps) of a span; a few rows of the next one are decoded after every product: with one row group as
+  // many as make the whole.
+  void multiply(const Span& span, int64_t group, int64_t s, int64_t steps, Chain chain, Transposed& to) {
+    const auto run = [&](auto decoded) {
+      multiply_left(rows, group, span.operand(s), kTiles, kTileRows, span.first + s, steps, chain, to, configured,
+                    [&](int64_t, int, int) { spans.template decode_some<decoded.value>(); });
+    };
+    if (!alone)
+      run(Index<1>{});
+    else if (halves(group).tiles() == 2)
+      run(Index<2>{});
+    else
+      run(Index<4>{});
+  }
+
+  // One chain over all spans, which stays in the tile registers where there is one row group.
+  void add_span(const Span& span) {
+    for (int64_t group = begin(span); group < end(span); ++group) {
+      const From from = span.first == 0 ? From::zero : alone ? From::registers : From::memory;
+      multiply(span, group, 0, span.steps, {from, !alone || span.last}, sums[group - begin(span)]);
+    }
+  }
+  void scale(const Span& span, int64_t group) {
+    Transposed& total = sums[group - begin(span)];
+    each_vector(span.multiplier, fit(group), halves(group).tiles(), [&](int tile, int at, VF factors) {
+      store(total.tile[tile] + at, load<VF>(total.tile[tile] + at) * factors);
+    });
+  }
+
+  // Block by block.
+  void add_blocks(const Span& span, int64_t block) {
+    for (int64_t group = begin(span); group < end(span); ++group) {
+      Transposed& total = sums[group - begin(span)];
+      if (span.first == 0) __builtin_memset(&total, 0, sizeof total);
+      const RowsOfLanes& of_group = fit(group);
+      const int tiles = halves(group).tiles();
+      Transposed part;
+      for (int64_t s = 0, b = 0; s < span.steps; s += block, ++b) {
+        const int64_t steps = span.steps - s < block ? span.steps - s : block;
+        multiply(span, group, s, steps, {From::zero, true}, part);
+        each_vector(span.factor[b], of_group, tiles, [&](int tile, int at, VF factors) {
+          float* const to = total.tile[tile] + at;
+          store(to, fma(load<VF>(part.tile[tile] + at), factors, load<VF>(to)));
+        });
+      }
+    }
+  }
+
+ private:
+  const RowsOfLanes& fit(int64_t group) {
+    RowsOfLanes& of_group = lanes[rows.groups.rows(group) != rows.groups.rows(0)];
+    of_group.become(halves(group).count[0]);
+    return of_group;
+  }
+};
+
+template <class C>
+[[gnu::nothrow]] void multiply_quantized(const char* a, int64_t m, const Weights& w, int64_t n, int64_t d, void* c,
+                                         int64_t ldc) {
+  const Rows rows{a, RowGroups(m, kMaxRows), d, static_cast<float*>(c), ldc};
+  if (trivial(rows, m, n)) return;
+  const bool alone = rows.groups.count == 1;
+  const int64_t passes = (rows.groups.count + kGroupsTogether - 1) / kGroupsTogether;
+  Spans<C> spans(w, n, d, alone ? kTogether : kMaxSpan, passes);
+  Product<C> product(rows, spans, alone);
+  const int64_t block = C::adjust == Adjust::groups ? 0 : w.matrix->scale_columns / kStep;
+  for (const Span* span = spans.first(); span; span = spans.next()) {
+    block == 0 ? product.add_span(*span) : product.add_blocks(*span, block);
+    if (!span->last) continue;
+    for (int64_t group = product.begin(*span); group < product.end(*span); ++group) {
+      if (block == 0 && span->multiplier) product.scale(*span, group);
+      store_transposed(rows, group, span->count, product.sums[group - product.begin(*span)], span->column);
+    }
+  }
+}
+
+inline int64_t no_workspace(int64_t) { return 0; }
+
+template <class C>
+constexpr GemmKernel kOnTiles = {
+    kStep, sizeof(bf16), kMaxRows, 1, pack_right<typename TileCodes<C>::Order>, multiply_quantized<C>, no_workspace};
+
+}  // namespace
+}  // namespace polymoe::POLYMOE_LEVEL
