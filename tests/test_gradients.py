@@ -163,6 +163,38 @@ def test_experts(placement: str, activation: str, transposed: bool, backend: str
         assert_same_bits(alone, expected, f"gradient {wanted} alone")
 
 
+@pytest.mark.parametrize("placement", ["output", "activation", "input"])
+@pytest.mark.parametrize("layout", ["plain", "transposed", "interleaved", "transposed interleaved"])
+@pytest.mark.parametrize("kind", activate_checks.KINDS, ids=lambda kind: "-".join(map(str, kind)))
+def test_experts_of_every_kind(
+    kind: tuple[str, Any, Any], layout: str, placement: str, backend: str, seed: int
+) -> None:
+    """All gradients at once, in one random direction of each."""
+    name, alpha, limit = kind
+    ungated, transposed, interleaved = name in activate_checks.UNGATED, "transposed" in layout, "interleaved" in layout
+    if ungated and interleaved:
+        pytest.skip("it has no gate")
+    made, P = Inputs(seed), I if ungated else 2 * I
+    for _ in range(100):
+        x, weights = made.normal(T, H), made.normal(T, K)
+        gate_up, down = made.normal(E, P, H), made.normal(E, H, I)
+        biases = made.normal(E, P), made.normal(E, H)
+        rows = (x[:, None] * weights[..., None] if placement == "input" else x[:, None]).expand(T, K, H)
+        h = torch.einsum("tkh,eph->tkep", rows, gate_up) + biases[0]
+        if has_slopes(h, limit).all():
+            break
+    else:
+        raise AssertionError("a pre-activation has no slope in every draw")
+    if transposed:
+        gate_up, down = (weight.detach().mT.contiguous().requires_grad_() for weight in (gate_up, down))
+    how = (transposed, interleaved, placement)
+
+    def call(x: Tensor, gate_up: Tensor, down: Tensor, weights: Tensor, *biases: Tensor) -> Tensor:
+        return polymoe.experts(x, gate_up, down, weights, made.ids, *kind, *biases, *how, backend=backend)
+
+    assert gradcheck(call, (x, gate_up, down, weights, *biases), fast_mode=True)
+
+
 # --- precision ------------------------------------------------------------------------------------------------------
 
 
