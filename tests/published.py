@@ -22,6 +22,7 @@ from transformers import (
     DeepseekV3Config,
     DeepseekV4Config,
     GptOssConfig,
+    KimiLinearConfig,
     MixtralConfig,
     PreTrainedConfig,
     Qwen3MoeConfig,
@@ -119,6 +120,18 @@ def _gpt_oss(name: str, weight: Tensor) -> Converted:
         yield name, weight
 
 
+def _kimi_k3(name: str, weight: Tensor) -> Converted:
+    """compressed-tensors' "mxfp4-pack-quantized". The experts' width is theirs, not the model's."""
+    name = f"language_model.{name}"
+    if re.search(r"\.experts\.\d+\.w[123]\.weight$", name):
+        rows, columns = (HIDDEN, INTERMEDIATE) if ".w2." in name else (INTERMEDIATE, HIDDEN)
+        packed, scales = mxfp4(rows, columns)
+        yield f"{name}_packed", packed
+        yield f"{name}_scale", scales.view(torch.uint8)
+    else:
+        yield name, weight
+
+
 def _plain(name: str, weight: Tensor) -> Converted:
     yield name, weight
 
@@ -179,6 +192,37 @@ def _oss_config() -> PreTrainedConfig:
     )
 
 
+_K3_TEXT = {
+    "num_experts": EXPERTS,
+    "hidden_size": 2 * HIDDEN,
+    "routed_expert_hidden_size": HIDDEN,
+    "intermediate_size": 4 * HIDDEN,
+    "moe_intermediate_size": INTERMEDIATE,
+    "quantization_config": {
+        "quant_method": "compressed-tensors",
+        "format": "mxfp4-pack-quantized",
+        "config_groups": {"group_0": {"weights": {"num_bits": 4, "type": "float", "group_size": 32}}},
+    },
+}
+
+
+def _kimi_config() -> PreTrainedConfig:
+    return KimiLinearConfig(
+        **_COMMON | {"hidden_size": 2 * HIDDEN},
+        intermediate_size=4 * HIDDEN,
+        moe_intermediate_size=INTERMEDIATE,
+        num_local_experts=EXPERTS,
+        num_experts_per_tok=TOP_K,
+        num_key_value_heads=4,
+        kv_lora_rank=64,
+        qk_nope_head_dim=32,
+        qk_rope_head_dim=16,
+        v_head_dim=32,
+        linear_head_dim=32,
+        linear_num_heads=4,
+    )
+
+
 def _qwen_config() -> PreTrainedConfig:
     return Qwen3MoeConfig(
         **_COMMON,
@@ -221,6 +265,7 @@ FAMILIES = {
         },
     ),
     "gpt_oss_bf16": Family(_oss_config, _plain, {}),
+    "kimi_k3": Family(_kimi_config, _kimi_k3, {"text_config": _K3_TEXT}),
     "qwen3_moe": Family(_qwen_config, _plain, {}),
     "mixtral": Family(_mixtral_config, _plain, {}),
 }

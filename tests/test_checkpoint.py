@@ -59,6 +59,13 @@ NAMES = {
         "model.layers.1.mlp.experts.down_proj_blocks": "U8 [4, 256, 4, 16]",
         "model.layers.1.mlp.experts.down_proj_scales": "U8 [4, 256, 4]",
     },
+    "kimi_k3": {
+        "language_model.model.layers.1.block_sparse_moe.experts.3.w1.weight_packed": "U8 [128, 128]",
+        "language_model.model.layers.1.block_sparse_moe.experts.3.w1.weight_scale": "U8 [128, 8]",
+        "language_model.model.layers.1.block_sparse_moe.experts.3.w2.weight_packed": "U8 [256, 64]",
+        "language_model.model.layers.1.block_sparse_moe.experts.3.w2.weight_scale": "U8 [256, 4]",
+        "language_model.model.layers.1.block_sparse_moe.shared_experts.up_proj.weight": "BF16 [128, 512]",
+    },
     "qwen3_moe": {"model.layers.1.mlp.experts.3.up_proj.weight": "BF16 [128, 256]"},
     "mixtral": {"model.layers.1.block_sparse_moe.experts.3.w3.weight": "BF16 [128, 256]"},
 }
@@ -76,8 +83,13 @@ def parts(tensors: dict[str, Tensor], layer: str, expert: int) -> tuple[list[Ten
 
     def named(matrix: str) -> tuple[Tensor, Tensor | None]:
         prefix = f"{layer}.experts.{expert}.{matrix}."
-        scales = [tensors[prefix + s] for s in ("scale", "weight_scale_inv") if prefix + s in tensors]
-        return tensors[prefix + "weight"], scales[0] if scales else None
+        found = {
+            part: tensors[prefix + part]
+            for part in ("weight", "weight_packed", "scale", "weight_scale", "weight_scale_inv")
+            if prefix + part in tensors
+        }
+        weight = found.pop("weight", None)
+        return found.pop("weight_packed") if weight is None else weight, next(iter(found.values()), None)
 
     if f"{layer}.experts.down_proj_blocks" in tensors:
         fused = [f"{layer}.experts.{name}" for name in ("gate_up_proj", "down_proj")]
@@ -87,7 +99,8 @@ def parts(tensors: dict[str, Tensor], layer: str, expert: int) -> tuple[list[Ten
         )
     if f"{layer}.experts.down_proj" in tensors:
         return [tensors[f"{layer}.experts.{name}"][expert] for name in ("gate_up_proj", "down_proj")], []
-    names = ("w1", "w3", "w2") if f"{layer}.experts.0.w1.weight" in tensors else ("gate_proj", "up_proj", "down_proj")
+    plain = any(name.startswith(f"{layer}.experts.0.w1.") for name in tensors)
+    names = ("w1", "w3", "w2") if plain else ("gate_proj", "up_proj", "down_proj")
     (gate, gate_scale), (up, up_scale), (down, down_scale) = map(named, names)
 
     def stacked(a: Tensor, b: Tensor) -> Tensor:
@@ -113,7 +126,7 @@ def test_reads_every_expert_as_stored(family: str, tmp_path: Path) -> None:
         HIDDEN,
         INTERMEDIATE,
     )
-    assert len(checkpoint.layers) == (1 if family == "deepseek_v3" else 2)
+    assert len(checkpoint.layers) == (1 if family in ("deepseek_v3", "kimi_k3") else 2)
     for layer in checkpoint.layers:
         whole = checkpoint.load(layer)
         for index in range(EXPERTS):

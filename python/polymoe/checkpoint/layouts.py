@@ -5,6 +5,7 @@ Two families of names. Split ones have a tensor per matrix and expert, `<layer>.
     DeepSeek-V3, Qwen3-MoE    gate_proj, up_proj, down_proj    weight, weight_scale_inv
     DeepSeek-V4               w1 (gate), w3 (up), w2 (down)    weight, scale
     Mixtral                   w1 (gate), w3 (up), w2 (down)    weight
+    Kimi-K3                   w1 (gate), w3 (up), w2 (down)    weight_packed, weight_scale (compressed-tensors' names)
 
 Fused ones have a tensor per layer, `<layer>.experts.<tensor>`:
 
@@ -39,7 +40,13 @@ BYTES = (torch.uint8, torch.int8)
 EXPONENTS = (torch.float8_e8m0fnu, torch.uint8)
 
 MATRICES = {"gate_proj": "gate", "up_proj": "up", "down_proj": "down", "w1": "gate", "w3": "up", "w2": "down"}
-PARTS = {"weight": "weight", "weight_scale_inv": "scale", "scale": "scale"}
+PARTS = {
+    "weight": "weight",
+    "weight_packed": "weight",
+    "weight_scale_inv": "scale",
+    "weight_scale": "scale",
+    "scale": "scale",
+}
 SUFFIXES = {"": "weight", "_scale_inv": "scale", "_blocks": "weight", "_scales": "scale", "_bias": "bias"}
 FUSED = {
     f"{projection}_proj{suffix}": (projection, part)

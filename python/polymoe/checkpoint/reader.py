@@ -47,8 +47,8 @@ class ExpertWeights:
 
 
 class Checkpoint:
-    """A folder with config.json and safetensors files, as DeepSeek-V3, DeepSeek-V4, gpt-oss, Qwen3-MoE, Mixtral and
-    models with the same names are published; see polymoe.checkpoint.layouts.
+    """A folder with config.json and safetensors files, as DeepSeek-V3, DeepSeek-V4, gpt-oss, Kimi-K3, Qwen3-MoE,
+    Mixtral and models with the same names are published; see polymoe.checkpoint.layouts.
 
     Opening reads every header, and checks that no tensor is missing, comes twice or has another shape than config.json
     asks for. Tensors are memory maps of their own: reading an expert costs the memory of that expert.
@@ -61,7 +61,7 @@ class Checkpoint:
         config: config.json.
         tensors: name -> Entry, all tensors of all files.
         layers: the names of the layers that have experts, such as "model.layers.3.mlp", in the order of their numbers.
-        num_experts, hidden_size, intermediate_size: E, H, I.
+        num_experts, hidden_size, intermediate_size: E, H, I of the experts.
 
     Raises:
         CheckpointError: anything is damaged, missing, duplicated, misshapen or in no known layout; names file and
@@ -239,7 +239,7 @@ def _sizes(path: Path, config: dict[str, Any]) -> Sizes:
         fail(path, f"weight_block_size: expected two positive sizes, got {str(block)[:80]!r}")
     return Sizes(
         size("n_routed_experts", "num_local_experts", "num_experts"),
-        size("hidden_size"),
+        size("routed_expert_hidden_size", "hidden_size"),  # Kimi-K3's experts work at a width of their own
         size("moe_intermediate_size", "intermediate_size"),
         (block[0], block[1]),
     )
