@@ -56,20 +56,39 @@ def test_float32_gradients_of_bfloat16_weights(seed: int) -> None:
     """torch's grad_dtype reaches the sums: nothing is rounded to bfloat16 on the way."""
     random, E, H, I, K = Random(seed), 3, 24, 16, 2
     x, weights = random.normal(S, H, dtype=torch.bfloat16), random.weights(S, K)
-    ids = random.integers(0, E, S, K)
-    made = random.matrix(E, 2 * I, H, dtype=torch.bfloat16), random.matrix(E, H, I, dtype=torch.bfloat16)
+    ids, grad = random.integers(0, E, S, K), random.normal(S, H, dtype=torch.bfloat16)
+    made = [random.matrix(E, 2 * I, H, dtype=torch.bfloat16), random.matrix(E, H, I, dtype=torch.bfloat16)]
+    made += [random.normal(E, 2 * I, dtype=torch.bfloat16), random.normal(E, H, dtype=torch.bfloat16)]
 
     def gradients(dtype: torch.dtype) -> list[torch.Tensor]:
         leaves = [weight.clone().requires_grad_() for weight in made]
         for leaf in leaves:
             leaf.grad_dtype = dtype
-        polymoe.experts(x, *leaves, weights, ids).backward(torch.ones_like(x))
+        biases = dict(zip(("gate_up_bias", "down_bias"), leaves[2:], strict=True))
+        polymoe.experts(x, *leaves[:2], weights, ids, **biases).backward(grad)
         return [leaf.grad for leaf in leaves if leaf.grad is not None]
 
-    for wide, narrow in zip(gradients(torch.float32), gradients(torch.bfloat16), strict=True):
+    found = gradients(torch.float32)
+    assert len(found) == len(made)
+    for wide, narrow in zip(found, gradients(torch.bfloat16), strict=True):
         assert wide.dtype == torch.float32
         assert_same_bits(wide.bfloat16(), narrow, "rounded once")
         assert not torch.equal(wide, narrow.float())
+
+
+def test_float32_gradients_of_a_bias_of_grouped_mm(seed: int) -> None:
+    random = Random(seed)
+    a, b = random.normal(S, D, dtype=torch.bfloat16), random.normal(G, D, N, dtype=torch.bfloat16)
+    start, grad, found = random.normal(G, N, dtype=torch.bfloat16), random.normal(S, N, dtype=torch.bfloat16), []
+    for dtype in (torch.float32, torch.bfloat16):
+        bias = start.clone().requires_grad_()
+        bias.grad_dtype = dtype
+        polymoe.grouped_mm(a, b, torch.tensor(ENDS), bias).backward(grad)
+        assert bias.grad is not None
+        assert bias.grad.dtype == dtype
+        found.append(bias.grad)
+    assert_same_bits(found[0].bfloat16(), found[1], "rounded once")
+    assert not torch.equal(found[0], found[1].float())
 
 
 def test_opcheck(target: Target) -> None:

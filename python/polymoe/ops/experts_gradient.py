@@ -63,7 +63,7 @@ def setup(ctx: Any, args: Any, results: tuple[Tensor, ...]) -> None:
     ctx.options.grad_dtypes = {name: grad_dtype(getattr(args, name)) for name in ("gate_up", "down")}
     for name in ("gate_up_bias", "down_bias"):
         bias = getattr(args, name)
-        setattr(ctx.options, f"{name}_dtype", None if bias is None else bias.dtype)
+        setattr(ctx.options, f"{name}_dtype", None if bias is None else grad_dtype(bias))
 
 
 def _needs_pre_activation_gradient(needs: dict[str, bool]) -> bool:

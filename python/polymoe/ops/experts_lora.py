@@ -14,7 +14,7 @@ from torch import Tensor
 
 from polymoe.hal.problem import COMPOSED_OPS
 from polymoe.ops import _check as check_that
-from polymoe.ops._library import Gradient, define_op
+from polymoe.ops._library import Gradient, define_op, grad_dtype
 from polymoe.ops._weights import check_differentiable
 from polymoe.ops.activate import KINDS, activate_backward
 from polymoe.ops.experts_gradient import bias_dot, through
@@ -141,6 +141,7 @@ def setup(ctx: Any, given: Any, results: tuple[Tensor, ...]) -> None:
     ctx.names = tuple(tensors)
     ctx.others = {name: None if isinstance(value, Tensor) else value for name, value in args._asdict().items()}
     ctx.like = SimpleNamespace(experts=args.gate_up.shape[0], hidden=args.x.shape[1], dtype=args.x.dtype)
+    ctx.grad_dtypes = {name: grad_dtype(tensor) for name, tensor in tensors.items() if "lora" in name}
     ctx.save_for_backward(*tensors.values(), *(results[1:] if args.save else ()))
 
 
@@ -162,9 +163,10 @@ def _adapter_gradients(
     grad, d_low = grads
     if ctx.needs[f"{projection}_lora_b"]:
         d_b = ops.grouped_mm(grad.mT, low, ends, None, arithmetic_dtype(grad.dtype), backend=backend)
-        found[f"{projection}_lora_b"] = d_b.mul_(adapter.scale).to(adapter.b.dtype)
+        found[f"{projection}_lora_b"] = d_b.mul_(adapter.scale).to(ctx.grad_dtypes[f"{projection}_lora_b"])
     if ctx.needs[f"{projection}_lora_a"] and rows is not None:
-        found[f"{projection}_lora_a"] = ops.grouped_mm(d_low.mT, rows, ends, backend=backend)
+        dtype = ctx.grad_dtypes[f"{projection}_lora_a"]
+        found[f"{projection}_lora_a"] = ops.grouped_mm(d_low.mT, rows, ends, None, dtype, backend=backend)
 
 
 def _back(grad: Tensor, adapter: Adapter, ends: Tensor, backend: str) -> tuple[Tensor, Tensor]:

@@ -117,7 +117,7 @@ def setup(ctx: Any, args: Any, out: Tensor) -> None:
     ctx.weight_format, ctx.D = args.weight_format, args.a.shape[-1]
     ctx.grad_dtype_of_b = grad_dtype(args.b)
     ctx.dtype, ctx.cut_rows_of_a = args.a.dtype, args.a.dim() == 2
-    ctx.bias_dtype = None if args.bias is None else args.bias.dtype
+    ctx.bias_dtype = None if args.bias is None else grad_dtype(args.bias)
 
 
 def gradients(ctx: Any, grad: Tensor) -> dict[str, Tensor]:
