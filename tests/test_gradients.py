@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.autograd import gradcheck
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import polymoe
@@ -91,9 +92,10 @@ def test_activate(kind: tuple[str, Any, Any], interleaved: bool, backend: str, s
     assert gradcheck(lambda h: polymoe.activate(h, name, alpha, limit, interleaved, backend=backend), (h,))
 
 
-def test_a_clamp_has_no_slope_where_it_acted_and_all_of_it_at_its_ends(backend: str) -> None:
+@pytest.mark.parametrize("kind", ["swiglu_clamped", "swiglu_oai"])
+def test_a_clamp_has_no_slope_where_it_acted_and_all_of_it_at_its_ends(kind: str, target: Target) -> None:
     h = torch.tensor([[2.0, 3.0, 2.0, -2.0, 2.5, -3.0]], requires_grad=True)  # gate 2, 3, 2; up -2, 2.5, -3
-    polymoe.activate(h, "swiglu_clamped", limit=2.0, backend=backend).sum().backward()
+    polymoe.activate(h, kind, limit=2.0, backend=target.backend).sum().backward()
     assert h.grad is not None
     assert ((h.grad != 0) == torch.tensor([[True, False, True, True, False, False]])).all()
 
@@ -170,7 +172,7 @@ def test_experts_of_every_kind(
     kind: tuple[str, Any, Any], layout: str, placement: str, backend: str, seed: int
 ) -> None:
     """All gradients at once, in one random direction of each."""
-    name, alpha, limit = kind
+    name, _, limit = kind
     ungated, transposed, interleaved = name in activate_checks.UNGATED, "transposed" in layout, "interleaved" in layout
     if ungated and interleaved:
         pytest.skip("it has no gate")
@@ -246,7 +248,7 @@ def test_experts_are_as_precise_as_eager(dtype: torch.dtype, target: Target, run
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_experts_give_the_same_bits_at_any_thread_count_and_in_any_batch(
+def test_experts_give_the_same_bits_at_any_thread_count_in_any_batch_and_recomputed(
     dtype: torch.dtype, target: Target, seed: int
 ) -> None:
     if not target.properties.batch_invariant:
@@ -266,6 +268,11 @@ def test_experts_give_the_same_bits_at_any_thread_count_and_in_any_batch(
     for other in found[1:]:
         for got, expected in zip(other, found[0], strict=True):
             assert_same_bits(got, expected, "threads")
+    recomputed = layer_gradients(
+        lambda *args: polymoe.experts(*args, backend=target.backend, recompute=True), made, ids, grad
+    )
+    for got, expected in zip(recomputed, found[0], strict=True):
+        assert_same_bits(got, expected, "recomputed")
     for count in (1, 7):
         few = random.permutation(tokens)[:count]
         part = [made[0][few], made[1], made[2], made[3][few]]
@@ -308,6 +315,46 @@ def test_what_experts_save() -> None:
     assert saved(gate_up) == x.nbytes + plan_and_pre_activation
     assert saved(x, gate_up, down, weights, recompute=True) == x.nbytes + ids.nbytes
     assert saved() == 0
+
+
+class Calls(TorchDispatchMode):
+    """The ops called inside: of polymoe by name, with their arguments by name, and how many zeros others make."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.ops: list[tuple[str, dict[str, Any]]] = []
+        self.zeros: list[int] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if func.namespace == "polymoe":
+            defaults = {argument.name: argument.default_value for argument in func._schema.arguments}
+            given = zip(defaults, args, strict=False)  # trailing defaults are dropped
+            self.ops.append((func.__name__.removesuffix(".default"), defaults | dict(given)))
+        elif "zero" in func.__name__:
+            self.zeros.append(result.numel())
+        return result
+
+    def weight_gradients(self) -> int:
+        """Products whose reduction is cut: two matrices."""
+        return sum(op == "grouped_mm" and args["a"].dim() == args["b"].dim() == 2 for op, args in self.ops)
+
+
+def test_a_backward_computes_what_is_asked_for(backend: str, seed: int) -> None:
+    made = Inputs(seed)
+    tensors = [made.normal(T, H), made.normal(E, 2 * I, H), made.normal(E, H, I), made.normal(T, K)]
+    products = {"x": 0, "gate_up": 1, "down": 1, "weights": 0}
+    for wanted in (("x",), ("x", "weights"), ("gate_up",), ("down",), ("x", "down"), tuple(products)):
+        given = [t if name in wanted else t.detach() for name, t in zip(products, tensors, strict=True)]
+        out = polymoe.experts(*given, made.ids, backend=backend)
+        with Calls() as seen:
+            out.backward(torch.ones_like(out))
+        assert seen.weight_gradients() == sum(products[name] for name in wanted), wanted
+        assert all(size < S * 2 * I for size in seen.zeros), "zeros for a result that was not used"
+        for op, args in seen.ops:
+            if op == "down_backward":
+                assert args["need_activation"] == ("down" in wanted), wanted
+                assert args["need_weights"] == ("weights" in wanted), wanted
 
 
 @pytest.fixture
@@ -399,6 +446,8 @@ def test_a_second_derivative_is_refused(backend: str) -> None:
     made = Inputs(0)
     x, y, weights, gate_up, down = (made.normal(*shape) for shape in ((T, H), (S, H), (T, K), (E, 2 * I, H), (E, H, I)))
     logits, p, ends = made.normal(T, E), made.plan, made.plan.offsets[1:]
+    pair = {"down_lora_a": made.normal(E, 1, I), "down_lora_b": made.normal(E, H, 1)}
+    adapted = functools.partial(polymoe.experts, **pair)
     calls: dict[str, tuple[Tensor, Callable[[Tensor], Tensor]]] = {
         "dispatch": (x, lambda x: polymoe.dispatch(x, p, backend=backend)),
         "combine": (y, lambda y: polymoe.combine(y, p, backend=backend)),
@@ -406,6 +455,7 @@ def test_a_second_derivative_is_refused(backend: str) -> None:
         "grouped_mm": (y, lambda y: polymoe.grouped_mm(y, gate_up.mT, ends, backend=backend)),
         "gate": (logits, lambda logits: polymoe.gate(logits, K, backend=backend)[0]),
         "experts": (x, lambda x: polymoe.experts(x, gate_up, down, weights, made.ids, backend=backend)),
+        "experts_lora": (x, lambda x: adapted(x, gate_up.detach(), down.detach(), weights, made.ids, backend=backend)),
     }
     for op, (leaf, call) in calls.items():
         (first,) = torch.autograd.grad(call(leaf).square().sum(), leaf, create_graph=True)

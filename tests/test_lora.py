@@ -12,10 +12,15 @@ from torch.library import opcheck
 
 import polymoe
 from polymoe import formats, lora
-from polymoe.formats import Int8
 from polymoe.testing.cases import Random, routing
 from polymoe.testing.conformance._run import serial
-from polymoe.testing.tolerances import assert_same_bits, relative_frobenius
+from polymoe.testing.tolerances import (
+    FUNCTION_ERRORS,
+    assert_same_bits,
+    frobenius_error,
+    relative_frobenius,
+    unit_roundoff,
+)
 
 T, H, I, E, K, R, SCALE = 6, 7, 4, 4, 2, 3, 0.7
 
@@ -85,34 +90,54 @@ def test_gradients(placement: str, activation: str, backend: str, seed: int) -> 
     every = torch.autograd.grad(call(*tensors).square().sum(), tensors)
     again = torch.autograd.grad(call(*tensors, recompute=True).square().sum(), tensors)
     for wanted, (got, expected) in enumerate(zip(again, every, strict=True)):
-        torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-12)
+        assert_same_bits(got, expected, "recomputed")
         alone = [t if i == wanted else t.detach() for i, t in enumerate(tensors)]
         (one,) = torch.autograd.grad(call(*alone).square().sum(), alone[wanted])
         assert_same_bits(one, expected, f"gradient {wanted} alone")
 
 
-def test_quantised_base(seed: int) -> None:
-    """QLoRA: an adapter beside frozen int8 weights."""
-    made = Layer(seed, torch.float32, transposed=False)
-    random = made.random
-    hidden, inner = 64, 32
-    x = random.normal(T, hidden).requires_grad_()
-    weights = [random.normal(E, 2 * inner, hidden, scale=0.2), random.normal(E, hidden, inner, scale=0.2)]
-    stored = [Int8().quantize(weight) for weight in weights]
-    dense = [formats.parse(weight.format).dequantize(weight, torch.float32) for weight in stored]
-    shapes = ((E, R, hidden), (E, 2 * inner, R), (E, R, inner), (E, hidden, R))
-    adapters = [random.normal(*shape, scale=0.2).requires_grad_() for shape in shapes]
-    named = dict(zip(NAMES, adapters, strict=True)) | {"lora_scale": SCALE, "backend": "reference"}
-    scales = {"gate_up_scale": stored[0].scale, "down_scale": stored[1].scale, "weight_format": stored[0].format}
-    out = polymoe.experts(x, stored[0].data, stored[1].data, made.weights, made.ids, **scales, **named)
-    expected = polymoe.experts(x, *dense, made.weights, made.ids, **named)
-    assert relative_frobenius(out.detach(), expected.detach()) < 1e-5
-    for got, wanted in zip(
-        torch.autograd.grad(out.square().sum(), (x, *adapters)),
-        torch.autograd.grad(expected.square().sum(), (x, *adapters)),
-        strict=True,
-    ):
-        assert relative_frobenius(got, wanted) < 1e-4
+@pytest.mark.parametrize("name", list(formats.FORMATS))
+def test_quantised_base(name: str, backend: str, seed: int) -> None:
+    """QLoRA: adapters beside frozen weights in every format, against the same numbers in float64."""
+    random, hidden, inner, format = Random(seed), 64, 32, formats.parse(name)
+    made = [random.normal(T, hidden), random.weights(T, K)]
+    made += [
+        random.normal(*shape, scale=0.2) for shape in ((E, R, hidden), (E, 2 * inner, R), (E, R, inner), (E, hidden, R))
+    ]
+    gate_up, down = (format.quantize(random.normal(E, *s, scale=0.2)) for s in ((2 * inner, hidden), (hidden, inner)))
+    ids = routing(random, "skipping", T, K, E)
+    scales = {"gate_up_scale": gate_up.scale, "down_scale": down.scale, "weight_format": name}
+
+    def gradients(dtype: torch.dtype, pair: list[Tensor], backend: str, **how: Any) -> list[Tensor]:
+        x, weights, *adapters = leaves = [tensor.to(dtype).requires_grad_() for tensor in made]
+        named = dict(zip(NAMES, adapters, strict=True)) | {"lora_scale": SCALE}
+        out = polymoe.experts(x, *pair, weights, ids, **named, **how, backend=backend)
+        return [out.detach(), *torch.autograd.grad(out.square().sum(), leaves)]
+
+    dense = [format.dequantize(weight, torch.float64) for weight in (gate_up, down)]
+    truth = gradients(torch.float64, dense, "reference")
+    found = gradients(torch.float32, [gate_up.data, down.data], backend, **scales)
+    # On the way of a gradient are sums over both widths and the rank forward, and over all of them backward.
+    sums = 2 * sum(map(frobenius_error, (hidden, R, 2 * inner, inner, R, hidden, T * K)))
+    for got, expected in zip(found, truth, strict=True):
+        assert relative_frobenius(got, expected) <= sums + FUNCTION_ERRORS * unit_roundoff(torch.float32)
+
+
+def test_float32_gradients_of_bfloat16_adapters(seed: int) -> None:
+    """torch's grad_dtype reaches their sums, too."""
+    made, found = Layer(seed, torch.bfloat16, transposed=False), []
+    for dtype in (torch.float32, torch.bfloat16):
+        leaves = [adapter.clone().requires_grad_() for adapter in made.adapters]
+        for leaf in leaves:
+            leaf.grad_dtype = dtype
+        named = dict(zip(NAMES, leaves, strict=True)) | {"lora_scale": SCALE}
+        polymoe.experts(made.x, made.gate_up, made.down, made.weights, made.ids, **named).square().sum().backward()
+        found.append([leaf.grad for leaf in leaves if leaf.grad is not None])
+        assert len(found[-1]) == len(leaves)
+    for wide, narrow in zip(*found, strict=True):
+        assert wide.dtype == torch.float32
+        assert_same_bits(wide.bfloat16(), narrow, "rounded once")
+        assert not torch.equal(wide, narrow.float())
 
 
 def test_what_is_saved_and_refused(seed: int) -> None:
