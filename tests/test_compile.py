@@ -12,13 +12,12 @@ from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import polymoe
-from polymoe.hal.problem import OPS
-from polymoe.hal.select import serving
+from polymoe.testing.targets import servers
 
 H, I, E, K = 16, 12, 6, 3
 TOKENS = (5, 9, 33, 2)
 
-BACKENDS = serving(OPS["experts"].problem("cpu", torch.float32))
+BACKENDS = servers("experts")
 
 
 @pytest.fixture(autouse=True)

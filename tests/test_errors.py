@@ -10,8 +10,7 @@ import pytest
 import torch
 
 import polymoe
-from polymoe.hal.problem import OPS
-from polymoe.hal.select import serving
+from polymoe.testing.targets import servers
 
 T, H, I, E, K, G = 6, 8, 4, 8, 2, 3
 S = T * K
@@ -198,11 +197,6 @@ def cases(table: dict[str, list[Case]]) -> list[Any]:
         for op, bad in table.items()
         for number, (argument, change) in enumerate(bad)
     ]
-
-
-def servers(op: str) -> list[str]:
-    """The backends that serve this op for CPU tensors here."""
-    return serving(OPS[op].problem("cpu", torch.float32))
 
 
 def to_meta(value: Any) -> Any:

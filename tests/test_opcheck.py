@@ -13,7 +13,7 @@ from torch.library import opcheck
 import polymoe
 from polymoe import formats
 from polymoe.hal.problem import GRADIENT_OPS, OPS
-from polymoe.hal.select import serving
+from polymoe.testing.targets import servers
 
 H, I, E, K = 8, 6, 5, 2
 TOKENS = (0, 1, 7)
@@ -89,11 +89,6 @@ def samples(T: int, requires_grad: bool) -> list[Sample]:
         for samples_of in (gate_samples, row_samples, matmul_samples, experts_samples)
         for sample in samples_of(T, make)
     ]
-
-
-def servers(op: str) -> list[str]:
-    """The backends that serve this op for CPU tensors here."""
-    return serving(OPS[op].problem("cpu", torch.float32))
 
 
 @pytest.mark.parametrize("op", list(OPS))

@@ -15,9 +15,8 @@ from torch.library import opcheck
 import polymoe
 from polymoe import formats
 from polymoe.formats import Int4, Weight
-from polymoe.hal.problem import OPS, Problem
-from polymoe.hal.select import serving
 from polymoe.testing.cases import Random, routing
+from polymoe.testing.targets import servers
 from polymoe.testing.tolerances import FUNCTION_ERRORS, frobenius_error, relative_frobenius, unit_roundoff
 
 T, H, I, E, K = 6, 40, 36, 4, 2
@@ -32,12 +31,6 @@ def quantized(name: str, dense: Tensor) -> Weight:
 
 def dequantized(weight: Weight, dtype: torch.dtype = torch.float64) -> Tensor:
     return formats.parse(weight.format).dequantize(weight, dtype)
-
-
-def servers(op: str, name: str, mode: str = "weight_only", dtype: torch.dtype = torch.float32) -> list[str]:
-    """The backends that serve this op for CPU tensors here."""
-    changes = {"weight_format": name, "mode": mode}
-    return serving(Problem(op, "cpu", dtype, tuple((OPS[op].options | changes).values())))
 
 
 def layer_error(*after: int) -> float:
@@ -93,7 +86,7 @@ def test_experts_mean_code_times_scale(name: str, options: dict[str, Any], seed:
     options = layer.biases | options
     wide = {key: value.double() if isinstance(value, Tensor) else value for key, value in options.items()}
     truth = polymoe.experts(**layer.dense(), **wide, backend="reference")
-    for backend in servers("experts", name):
+    for backend in servers("experts", weight_format=name):
         out = polymoe.experts(**layer.arguments, **options, backend=backend)
         assert out.dtype == torch.float32
         assert relative_frobenius(out, truth) <= layer_error(I, K), backend
@@ -106,7 +99,7 @@ def test_grouped_mm_means_code_times_scale(name: str, seed: int) -> None:
     b, bias, offs = dequantized(weight).mT, random.normal(E, 33), torch.tensor([2, 2, 3, 5])
     for a, ends in ((random.normal(T, H), offs), (random.normal(E, 3, H), None)):
         truth = polymoe.grouped_mm(a.double(), b, ends, bias.double(), backend="reference")
-        for backend in servers("grouped_mm", name):
+        for backend in servers("grouped_mm", weight_format=name):
             how = {"weight_format": name, "scale": weight.scale, "zero": weight.zero, "backend": backend}
             out = polymoe.grouped_mm(a, weight.data.mT, ends, bias, **how)
             assert relative_frobenius(out, truth) <= frobenius_error(H + 1), backend  # and the bias
@@ -127,7 +120,7 @@ def test_int8_rounds_what_is_multiplied(name: str, mode: str, seed: int) -> None
     h = polymoe.grouped_mm(dense["x"].expand(E, T, H), dense["gate_up"].mT, backend="reference")
     activated = polymoe.activate(h.flatten(0, 1), "swiglu", backend="reference")
     most = 2 * int8_error(layer.x, group) + int8_error(activated, group)
-    for backend in servers("experts", name, mode):
+    for backend in servers("experts", weight_format=name, mode=mode):
         out = polymoe.experts(**layer.arguments, mode=mode, backend=backend)
         assert layer_error(I, K) < relative_frobenius(out, truth) < most, backend
     exact = layer.arguments | {"x": Random(seed).integers(-127, 128, T, H).float()}
@@ -135,7 +128,7 @@ def test_int8_rounds_what_is_multiplied(name: str, mode: str, seed: int) -> None
     exact["x"][:, 32] = 127
     how = {"weight_format": name, "scale": layer.gate_up.scale, "zero": layer.gate_up.zero}
     ends = torch.tensor([1, 2, 4, T])
-    for backend in servers("grouped_mm", name, mode):
+    for backend in servers("grouped_mm", weight_format=name, mode=mode):
         one, other = (
             polymoe.grouped_mm(exact["x"], layer.gate_up.data.mT, ends, mode=each, backend=backend, **how)
             for each in (mode, "weight_only")
@@ -167,7 +160,7 @@ REFUSED = [
     (name, mode)
     for name in NAMES
     for mode in (*formats.MODES, "fp4")
-    if mode not in formats.FORMATS[name].modes or "cpu" not in servers("experts", name, mode)
+    if mode not in formats.FORMATS[name].modes or "cpu" not in servers("experts", weight_format=name, mode=mode)
 ]
 
 
@@ -214,7 +207,7 @@ def test_gradients_of_every_backend(name: str, seed: int) -> None:
     x = layer.x.double().requires_grad_()
     polymoe.experts(**layer.dense() | {"x": x}, backend="reference").sum().backward()
     a = layer.x.clone().requires_grad_()
-    for backend in servers("experts", name):
+    for backend in servers("experts", weight_format=name):
         a.grad = None
         polymoe.experts(**layer.arguments | {"x": a}, backend=backend).sum().backward()
         assert relative_frobenius(a.grad, x.grad) <= layer_error(H, 2 * I, K), backend
@@ -222,7 +215,7 @@ def test_gradients_of_every_backend(name: str, seed: int) -> None:
     b = dequantized(layer.gate_up, torch.float32).mT
     for rows, ends in ((Random(seed).normal(T, H), torch.tensor([1, 2, 4, 5])), (Random(seed).normal(E, 3, H), None)):
         rows.requires_grad_()
-        for backend in servers("grouped_mm", name):
+        for backend in servers("grouped_mm", weight_format=name):
             dense, stored = (
                 torch.autograd.grad(polymoe.grouped_mm(*given, backend=backend, **options).square().sum(), rows)[0]
                 for given, options in (((rows, b, ends), {}), ((rows, layer.gate_up.data.mT, ends), how))
@@ -294,7 +287,7 @@ UTILS = ("test_autograd_registration", "test_faketensor", "test_aot_dispatch_dyn
 def test_opcheck(name: str, seed: int) -> None:
     layer = Layer(name, seed)
     names = [argument.name for argument in torch.ops.polymoe.experts.default._schema.arguments]
-    for backend in ("", *servers("experts", name)):
+    for backend in ("", *servers("experts", weight_format=name)):
         for save in (False, True):
             layer.x.requires_grad_(save)
             kwargs = {key: value for key, value in layer.arguments.items() if key in names}
@@ -303,7 +296,7 @@ def test_opcheck(name: str, seed: int) -> None:
             )
     layer.x.requires_grad_()
     how = {"weight_format": name, "scale": layer.gate_up.scale, "zero": layer.gate_up.zero}
-    for backend in servers("grouped_mm", name):
+    for backend in servers("grouped_mm", weight_format=name):
         args = (layer.x, layer.gate_up.data.mT, torch.tensor([1, 2, 4, 5]))
         opcheck(torch.ops.polymoe.grouped_mm.default, args, how | {"backend": backend}, test_utils=UTILS)
 
@@ -312,5 +305,5 @@ def test_explain_names_format_and_mode() -> None:
     layer = Layer("mxfp4", 0)
     for mode in formats.MODES:
         found = polymoe.explain("experts", **layer.arguments, mode=mode)
-        assert found.backend == servers("experts", "mxfp4", mode)[0]
+        assert found.backend == servers("experts", weight_format="mxfp4", mode=mode)[0]
         assert any("mxfp4" in note and mode in note for note in found.notes), found.notes

@@ -13,12 +13,10 @@ import polymoe
 from polymoe import formats
 from polymoe.formats import Fp8Block, Int4, Weight
 from polymoe.formats.codes import pack_nibbles, round_up_to_e8m0, to_e4m3
-from polymoe.hal.problem import OPS, Problem
-from polymoe.hal.select import serving
 from polymoe.testing.cases import Random
 from polymoe.testing.conformance._run import op_threads, serial
 from polymoe.testing.conformance.bitwise import check_batch, check_threads
-from polymoe.testing.targets import Target
+from polymoe.testing.targets import Target, servers
 from polymoe.testing.tolerances import assert_same_bits, frobenius_error, relative_frobenius
 
 NAMES = tuple(formats.FORMATS)
@@ -61,16 +59,11 @@ def multiply(a: Tensor, weight: Weight, target: Target, ends: Tensor | None = No
         return polymoe.grouped_mm(a, weight.data.mT, ends, None, torch.float32, *how, backend=target.backend, **options)
 
 
-def on_cpu(name: str, mode: str) -> bool:
-    options = OPS["grouped_mm"].options | {"weight_format": name, "mode": mode}
-    return "cpu" in serving(Problem("grouped_mm", "cpu", torch.float32, tuple(options.values())))
-
-
 MODES = [
     (name, mode)
     for mode in formats.MODES
     for name in NAMES
-    if mode in formats.FORMATS[name].modes and on_cpu(name, mode)
+    if mode in formats.FORMATS[name].modes and "cpu" in servers("grouped_mm", weight_format=name, mode=mode)
 ]
 INT8_MODES = [(name, mode) for name, mode in MODES if mode != "weight_only"]
 

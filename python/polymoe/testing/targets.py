@@ -12,7 +12,7 @@ import polymoe
 from polymoe.backends._extension import extension, missing_reason
 from polymoe.hal.problem import OPS, Backend, Problem
 from polymoe.hal.registry import BrokenBackend, find
-from polymoe.hal.select import declined
+from polymoe.hal.select import declined, serving
 
 
 @dataclass(frozen=True)
@@ -76,6 +76,11 @@ def _has_device(device_type: str) -> bool:
         return bool(torch.get_device_module(device_type).is_available())
     except RuntimeError:  # torch does not know the name before the package that brings it is imported
         return False
+
+
+def servers(op: str, dtype: torch.dtype = torch.float32, **options: str) -> list[str]:
+    """The backends that serve such calls for CPU tensors here, the best first. Options left out have their defaults."""
+    return serving(Problem(op, "cpu", dtype, tuple({**OPS[op].options, **options}.values())))
 
 
 def targets(backends: Sequence[str], device_type: str | None = None) -> list[Target]:
