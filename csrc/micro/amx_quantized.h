@@ -36,13 +36,16 @@ class RowsOfLanes {
 // f(tile, first lane, factors of its lanes) for every vector of the sums.
 template <class F>
 [[gnu::always_inline]] inline void each_vector(const float* factor, const RowsOfLanes& lanes, int tiles, F&& f) {
-  for (int i = 0; i < kTiles; ++i) {
-    const VF factors = load<VF>(factor + i * kTileRows);
-    for (int v = 0; v < lanes.vectors(); ++v) {
-      const VF spread = lanes.spread(factors, v);
-      for (int j = 0; j < tiles; ++j) f(i * tiles + j, v * kTileRows, spread);
+  const auto run = [&](auto of_a) {
+    for (int i = 0; i < kTiles; ++i) {
+      const VF factors = load<VF>(factor + i * kTileRows);
+      for (int v = 0; v < lanes.vectors(); ++v) {
+        const VF spread = lanes.spread(factors, v);
+        each<of_a.value>([&](auto j) { f(i * of_a.value + j.value, v * kTileRows, spread); });
+      }
     }
-  }
+  };
+  tiles == 2 ? run(Index<2>{}) : run(Index<1>{});
 }
 
 template <class C>
@@ -63,19 +66,21 @@ struct Product {
   }
   Halves halves(int64_t group) const { return Halves(rows.groups.rows(group)); }
 
-  // Steps [s, s + steps) of a span; a few rows of the next one are decoded after every product: with one row group as
-  // many as make the whole.
+  // Steps [s, s + steps) of a span. Between products rows of the next one are decoded: with one row group as many in a
+  // step as make the whole.
   void multiply(const Span& span, int64_t group, int64_t s, int64_t steps, Chain chain, Transposed& to) {
-    const auto run = [&](auto decoded) {
+    const auto run = [&](auto apart) {
       multiply_left(rows, group, span.operand(s), kTiles, kTileRows, span.first + s, steps, chain, to, configured,
-                    [&](int64_t, int, int) { spans.template decode_some<decoded.value>(); });
+                    [&](int64_t, int part, int) {
+                      if (part % apart.value == 0) spans.decode_some();
+                    });
     };
     if (!alone)
-      run(Index<1>{});
+      run(Index<4>{});
     else if (halves(group).tiles() == 2)
       run(Index<2>{});
     else
-      run(Index<4>{});
+      run(Index<1>{});
   }
 
   // One chain over all spans, which stays in the tile registers where there is one row group.

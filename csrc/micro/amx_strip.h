@@ -82,19 +82,24 @@ class StripRows {
     const QuantizedMatrix& m = *matrix_;
     const int64_t left = steps_ - first < kPanelSteps ? steps_ - first : kPanelSteps;
     if constexpr (C::adjust == Adjust::groups) {
-      const __mmask16 mask = lanes_below(int(left));
       // The code of a group in both words of its 32 bits.
       const __m512i codes_twice =
           _mm512_or_si512(_mm512_set4_epi32(int(0x80038003), int(0x80028002), int(0x80018001), int(0x80008000)),
                           _mm512_setr_epi32(0, 0, 0, 0, 0x040004, 0x040004, 0x040004, 0x040004, 0x080008, 0x080008,
                                             0x080008, 0x080008, 0x0c000c, 0x0c000c, 0x0c000c, 0x0c000c));
-      for (int r = 0; r < kStripRows; ++r) {
-        const __m128i codes = _mm_maskz_loadu_epi8(mask, scale_[r] + first);
+      const auto prepare_row = [&](int r, __m128i codes) {
         const __m512i code = _mm512_shuffle_epi8(_mm512_broadcast_i32x4(codes), codes_twice);
-        const __m512i below = _mm512_sub_epi16(_mm512_set1_epi16(short(base_[r])), code);
+        const __m512i below = _mm512_sub_epi16(_mm512_set1_epi32(base_[r] * 0x10001), code);
         _mm512_store_si512(adjust[r], TileCodes<C>::adjust(_mm512_min_epu16(below, _mm512_set1_epi16(kSpread))));
-        __builtin_prefetch(scale_[r] + scale_ahead_ + first, 0, 2);
-      }
+      };
+      if (left == kPanelSteps)
+        for (int r = 0; r < kStripRows; ++r)
+          prepare_row(r, _mm_loadu_si128(reinterpret_cast<const __m128i*>(scale_[r] + first)));
+      else
+        for (int r = 0; r < kStripRows; ++r)
+          prepare_row(r, _mm_maskz_loadu_epi8(lanes_below(int(left)), scale_[r] + first));
+      if (first % kLine == 0)
+        for (const char* const scale : scale_) __builtin_prefetch(scale + scale_ahead_ + first, 0, 2);
     } else if constexpr (C::adjust == Adjust::blocks) {
       const int steps = int(m.scale_columns / kStep), shift = __builtin_ctz(unsigned(steps));
       const __mmask16 mask = lanes_below(int((left + steps - 1) / steps));
@@ -185,7 +190,7 @@ class Spans {
   // What is left of the span that is being decoded, which is returned, or null after the last one; the span before it
   // makes room for the following one.
   const Span* next() {
-    while (left_ > 0) decode_some<1>();
+    while (left_ > 0) decode_some();
     if (!coming_) return nullptr;
     const Span* const span = coming_;
     aim();
@@ -193,8 +198,8 @@ class Spans {
   }
 
   // What a few rows of the coming span take, if any are left.
-  template <int ROWS>
   [[gnu::always_inline]] void decode_some() {
+    constexpr int ROWS = 4;
     if (left_ <= 0) return;
     left_ -= ROWS;
     const char* const* const data = data_;
