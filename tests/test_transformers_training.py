@@ -125,7 +125,7 @@ def stable_in_bfloat16(family: str) -> tuple[PreTrainedModel, dict[str, Tensor]]
     raise AssertionError("rounding to bfloat16 changes the choice of experts in every draw")
 
 
-@pytest.mark.parametrize("family", ["qwen3_moe", "deepseek_v3"])
+@pytest.mark.parametrize("family", ["qwen3_moe", "deepseek_v3", "gpt_oss"])
 def test_autocast(family: str, seed: int) -> None:
     """bfloat16 experts and float32 routing weights: as far from float32 as eager's own, at most, over a few draws."""
     torch.manual_seed(seed)

@@ -9,8 +9,9 @@ Importing this module registers it; then any model whose experts class carries `
 A model may put code of its own between its two projections, in `_apply_gate`. A gate that is known, by the identity of
 that function and of the activation it calls, runs fused in `polymoe.experts`. Every other one, and a norm behind the
 experts, runs un-fused: polymoe's plan, dispatch, grouped_mm and combine around the model's own code.
-`polymoe.explain(model)` tells which and why. Autocast changes nothing here, as it does not in Transformers' own
-"grouped_mm": the weights' dtype decides. Written against Transformers 5.23.
+`polymoe.explain(model)` tells which and why. The dtype of the weights decides what is computed, or that of autocast where
+it is on, as in the eager loop: hidden states, weights and biases are cast then, routing weights and packed weights are
+not. Written against Transformers 5.23.
 """
 
 from __future__ import annotations
@@ -129,7 +130,7 @@ def experts_forward(self: ExpertsModule, hidden_states: Tensor, top_k_index: Ten
     """What Transformers calls as an experts module's forward.
 
     Args:
-        hidden_states: [T, H]; cast to the weights' dtype if it differs.
+        hidden_states: [T, H]; cast to the weights' dtype, or under autocast to its dtype, if it differs.
         top_k_index: [T, K] int32 or int64. Ids outside [0, num_experts) are skipped: the sentinels of expert
             parallelism, whatever their weights.
         top_k_weights: [T, K]; taken as they come in float32 or the weights' dtype, cast to float32 otherwise.
@@ -140,7 +141,7 @@ def experts_forward(self: ExpertsModule, hidden_states: Tensor, top_k_index: Ten
     Raises:
         ValueError: the module's weights are DTensors or not those of its num_experts; any other shape, dtype or device.
     """
-    projections = _projection(self, "up"), _projection(self, "down")
+    projections = _autocast(_projection(self, "up")), _autocast(_projection(self, "down"))
     (up, up_bias, _), (down, down_bias, _) = projections
     x = _cast(hidden_states, up.dtype)
     how = _how(self, up, down)
@@ -164,6 +165,16 @@ def experts_forward(self: ExpertsModule, hidden_states: Tensor, top_k_index: Ten
             weight_format=weight_format,
         )
     return _cast(out, hidden_states.dtype)
+
+
+def _autocast(projection: Projection) -> Projection:
+    """The projection in the dtype of autocast, where that is on; not in float64, which autocast leaves alone."""
+    weight, bias, packed = projection
+    device = weight.device.type
+    if packed is not None or device == "meta" or not torch.is_autocast_enabled(device) or weight.dtype == torch.float64:
+        return projection
+    dtype = torch.get_autocast_dtype(device)
+    return Projection(_cast(weight, dtype), None if bias is None else _cast(bias, dtype), None)
 
 
 def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
