@@ -3,7 +3,7 @@ F.linear over separate parameters, each through autograd.
 
 Run it as `python -m benchmarks.bench_training`; --help lists the options. Transformers' own eager loop takes part where
 experts are few alone: it indexes one parameter that holds all experts, whose gradient autograd then fills with zeros
-once for every expert. The column `kept` is what each saves for its backward beside inputs and weights.
+once for every expert. The column `kept` is what each, and that loop, saves for its backward beside inputs and weights.
 Gradients are allocated anew in every call, from memory that the process has had before: see benchmarks/_pages.py.
 """
 
@@ -107,7 +107,14 @@ def make_case(options: Options, layer: Layer, sets: list[InputSet], dtype: str) 
         peers.append(Contender("eager", of(eager, whole), reads=True))
     contenders = (*peers, *ours(options, "experts", torch_dtype, {}, on, best_only=True))
     known = [*whole, *parts, grad, *(tensor for one in sets for tensor in one[:2])]
-    saved = ", ".join(f"{c.name} {kept(c.call, known):.0f}" for c in contenders if c.name != "eager")
+
+    @torch.enable_grad()
+    def eager_forward(i: int) -> Tensor:
+        x, factors = (tensor.detach().requires_grad_() for tensor in sets[i][:2])
+        return eager(trained, x, factors, sets[i][2])
+
+    calls = {c.name: c.call for c in contenders} | {"eager": eager_forward}
+    saved = ", ".join(f"{name} {kept(call, known):.0f}" for name, call in calls.items())
 
     def error(call: Callable[[int], list[Tensor]]) -> float:
         found = torch.cat([call(i)[0][:CHECKED_TOKENS] for i in range(SETS)])

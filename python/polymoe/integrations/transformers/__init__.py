@@ -9,8 +9,8 @@ Importing this module registers it; then any model whose experts class carries `
 A model may put code of its own between its two projections, in `_apply_gate`. A gate that is known, by the identity of
 that function and of the activation it calls, runs fused in `polymoe.experts`. Every other one, and a norm behind the
 experts, runs un-fused: polymoe's plan, dispatch, grouped_mm and combine around the model's own code.
-`polymoe.explain(model)` tells which and why. The dtype of the weights decides what is computed, or that of autocast where
-it is on, as in the eager loop: hidden states, weights and biases are cast then, routing weights and packed weights are
+`polymoe.explain(model)` tells which and why. The dtype of the weights decides what is computed, or where autocast is on
+its dtype, as in the eager loop: hidden states, weights and biases are cast then, routing weights and packed weights are
 not. Written against Transformers 5.23.
 """
 
