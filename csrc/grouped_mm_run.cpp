@@ -38,10 +38,10 @@ struct Types {
   WeightFormat multiplied() const { return copies_panels ? WeightFormat::packed : format; }
 };
 
-// A part of the rows of a problem.
+// A part of the rows of a problem, which is multiplied `columns` columns at a time.
 struct Block {
   const Problem* problem;
-  int64_t begin, rows;
+  int64_t begin, rows, columns;
 };
 
 const char* widened_bias(const Problem& p, int64_t column, int64_t columns, const Types& types,
@@ -88,6 +88,9 @@ void write_sums(const Block& block, const char* sums, int64_t stride, int64_t co
   }
 }
 
+// Columns of a task by the rows of its problem.
+constexpr int64_t kFewRows = 64, kManyColumns = 2048, kFewColumns = 512;
+
 // Bytes between the sums of two rows: a power of two apart, they would fall into few sets of the caches.
 constexpr int64_t kApart = 64;
 
@@ -98,12 +101,11 @@ class Worker {
       : table_(table), gemm_(gemm_kernel(table, types.multiplied(), types.in)), types_(types) {}
 
   // A copy of columns pays by long rows of memory, the longer the fewer rows of sums the L2 cache has to hold; after a
-  // short reduction it is the sums of a row group that the L1 cache should hold. `rows`: the most of a problem.
-  static int64_t target_columns(const Types& types, int64_t d, int64_t rows) {
-    constexpr int64_t kFewRows = 64;
+  // short reduction it is the sums of a row group that the L1 cache should hold.
+  static int64_t target_columns(const Types& types, const Problem& p) {
     if (!types.copies_panels) return 192;
-    if (d <= kShort) return 128;
-    return rows <= kFewRows ? 2048 : 512;
+    if (p.d <= kShort) return 128;
+    return p.m <= kFewRows ? kManyColumns : kFewColumns;
   }
   static int64_t rows_of_block(const LevelTable& table, const Types& types, int64_t d) {
     return block_rows(Panel::resident_bytes(gemm_kernel(table, types.multiplied(), types.in), d), cache_sizes().l2);
@@ -150,8 +152,8 @@ class Worker {
     const int64_t stride = columns + kApart / size;
     float* const sums = reinterpret_cast<float*>(scratch(Scratch::accumulators, gemm_.max_rows * stride * size));
     auto write = [&](int64_t first, int64_t rows) {
-      write_sums({&p, block.begin + first, rows}, reinterpret_cast<const char*>(sums), stride, column, columns, types_,
-                 table_);
+      write_sums({&p, block.begin + first, rows, columns}, reinterpret_cast<const char*>(sums), stride, column, columns,
+                 types_, table_);
     };
     const GroupSink sink{[](void* f, int64_t first, int64_t rows) { (*static_cast<decltype(write)*>(f))(first, rows); },
                          &write};
@@ -210,12 +212,11 @@ class ColumnWorker {
   ColumnWorker(const LevelTable& table, const Types& types)
       : table_(table), gemm_(*table.row_gemm->by_dtype[int(types.in)]), types_(types) {}
 
-  // Rows of the result are long, so that they are written page by page, and W is read in long rows as well.
-  static constexpr int64_t kTargetColumns = 2048;
-  static int64_t target_columns(const Types&, int64_t, int64_t) { return kTargetColumns; }
-  // The reduction goes over all rows block by block, so it is the sums that the cache should hold.
+  // Long rows of W for few rows of sums, which the L2 cache should hold, since the reduction goes over all of them
+  // block by block.
+  static int64_t target_columns(const Types&, const Problem& p) { return p.m <= kFewRows ? kManyColumns : kFewColumns; }
   static int64_t rows_of_block(const LevelTable&, const Types& types, int64_t) {
-    return block_rows(kTargetColumns * accumulator_size(types.in), cache_sizes().l2);
+    return block_rows(kFewColumns * accumulator_size(types.in), cache_sizes().l2);
   }
 
   const char* first_weight(const Problem&, int64_t) const { return nullptr; }
@@ -225,14 +226,24 @@ class ColumnWorker {
     const Problem& p = *block.problem;
     pack(block);
     const int64_t size = accumulator_size(types_.in);
-    const int64_t stride = ceil_div(columns, gemm_.width) * gemm_.width;
+    const int64_t stride = ceil_div(columns, gemm_.width) * gemm_.width + kApart / size;
     char* const sums = scratch(Scratch::accumulators, block.rows * stride * size);
     const Operand w = p.w.at(column);
-    gemm_.multiply(panel_, block.rows, w.data, w.d_stride, columns, p.d, sums, stride);
-    write_sums(block, sums, stride, column, columns, types_, table_);
+    char* const out = p.out + block.begin * p.out_stride + column * size;
+    const bool direct = goes_direct(p, out, columns, size);
+    gemm_.multiply(panel_, block.rows, w.data, w.d_stride, columns, p.d, sums, stride, direct ? out : nullptr,
+                   p.out_stride / size);
+    if (!direct) write_sums(block, sums, stride, column, columns, types_, table_);
   }
 
  private:
+  // Whether the kernel may write sums past the caches itself: nothing is rounded or added, and vectors are aligned.
+  bool goes_direct(const Problem& p, const char* out, int64_t columns, int64_t size) const {
+    const int64_t vector = gemm_.width * size;
+    return types_.streams && !p.bias && size_of(types_.out) == size && columns % gemm_.width == 0 &&
+           p.out_stride % vector == 0 && reinterpret_cast<uintptr_t>(out) % uintptr_t(vector) == 0;
+  }
+
   void pack(const Block& block) {
     if (packed_ == &block) return;
     packed_ = &block;
@@ -257,37 +268,32 @@ class ColumnWorker {
 template <class Worker>
 void run(const std::vector<Problem>& problems, const Types& types) {
   const LevelTable& table = level_table(types.in);
-  int64_t width = 0, depth = 0, most_rows = 0;
-  for (const Problem& p : problems) {
-    width = std::max(width, p.n);
-    depth = std::max(depth, p.d);
-    most_rows = std::max(most_rows, p.m);
-  }
+  int64_t width = 0;
+  for (const Problem& p : problems) width = std::max(width, p.n);
   if (width == 0) return;
   const int threads = num_threads();
-  const int64_t limit = Worker::rows_of_block(table, types, depth);
 
   std::vector<Block> blocks;
   for (const Problem& p : problems) {
-    const int64_t parts = ceil_div(p.m, limit);
+    const int64_t parts = ceil_div(p.m, Worker::rows_of_block(table, types, p.d));
     for (int64_t i = 0; i < parts; ++i) {
       const auto [begin, end] = even_part(p.m, parts, i);
-      blocks.push_back({&p, begin, end - begin});
+      blocks.push_back({&p, begin, end - begin, 0});
     }
   }
   constexpr int64_t kUnit = kPanel;
-  const int64_t target = Worker::target_columns(types, depth, most_rows);
-  const int64_t columns = task_columns(width, kUnit, target, int64_t(blocks.size()), threads);
   std::vector<int64_t> first_task;  // of each block
   int64_t tasks = 0;
-  for (const Block& block : blocks) {
+  for (Block& block : blocks) {
+    const int64_t target = Worker::target_columns(types, *block.problem);
+    block.columns = task_columns(width, kUnit, target, int64_t(blocks.size()), threads);
     first_task.push_back(tasks);
-    tasks += ceil_div(block.problem->n, columns);
+    tasks += ceil_div(block.problem->n, block.columns);
   }
 
   const auto place_of = [&](int64_t task) {
     const size_t index = size_t(std::upper_bound(first_task.begin(), first_task.end(), task) - first_task.begin()) - 1;
-    return std::pair{&blocks[index], (task - first_task[index]) * columns};
+    return std::pair{&blocks[index], (task - first_task[index]) * blocks[index].columns};
   };
   GuidedTasks queue(tasks, threads);
   parallel_region(int(std::min<int64_t>(threads, tasks)), [&](int) {
@@ -300,7 +306,7 @@ void run(const std::vector<Problem>& problems, const Types& types) {
           const auto [after, begin] = place_of(task + 1);
           next = worker.first_weight(*after->problem, begin);
         }
-        worker.run(*block, column, std::min(columns, block->problem->n - column), next);
+        worker.run(*block, column, std::min(block->columns, block->problem->n - column), next);
       }
     finish_streams(types);
   });

@@ -54,7 +54,7 @@ struct Product {
         packer.pack(rows.at(task.begin + first + row).data, rows.row_stride, rows.d_stride, groups.rows(group), N,
                     panel + row * N * 4);
       }
-      gemm.multiply(panel, count, reinterpret_cast<const char*>(slab), kSlab * 4, columns, N, sums, stride);
+      gemm.multiply(panel, count, reinterpret_cast<const char*>(slab), kSlab * 4, columns, N, sums, stride, nullptr, 0);
       for (int64_t r = 0; r < count; ++r) {
         char* const to = static_cast<char*>(out.mutable_data_ptr()) +
                          ((task.begin + first + r) * D + task.column) * size_of(out_dtype);

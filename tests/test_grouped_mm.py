@@ -63,15 +63,18 @@ MANY_ROWS = (17, 0, 33, 150, 0, 40, 16, 64, 0, 20, 31, 32, 16, 18)
 
 
 @pytest.mark.parametrize("width", [704, 701])
-@pytest.mark.parametrize("out_dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("dtype", "out_dtype"),
+    [(torch.bfloat16, torch.float32), (torch.bfloat16, torch.bfloat16), (torch.float32, torch.float32)],
+)
 @pytest.mark.parametrize("sizes", [FEW_ROWS, MANY_ROWS], ids=["few", "many"])
-def test_a_result_past_the_caches_has_the_same_bits(width, out_dtype, sizes, target, seed):
+def test_a_result_past_the_caches_has_the_same_bits(width, dtype, out_dtype, sizes, target, seed):
     """A large result is written past the caches, one group of it is not; with rows aligned for that, and not."""
     if target.backend != "cpu":
         pytest.skip("a property of the cpu backend")
     M = 2048 if out_dtype == torch.bfloat16 else 1024
     source = Random(seed)
-    a, b = (source.normal(sum(sizes) + 2, n, dtype=torch.bfloat16) for n in (M, width))
+    a, b = (source.normal(sum(sizes) + 2, n, dtype=dtype) for n in (M, width))
     ends = torch.tensor(sizes, dtype=torch.int32).cumsum(0, dtype=torch.int32)
     with poisoned():
         found = polymoe.grouped_mm(a.mT, b, ends, out_dtype=out_dtype, backend=target.backend)

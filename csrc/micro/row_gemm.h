@@ -21,8 +21,11 @@ struct RowGemm {
   void (*pack)(const char* a, int64_t row_stride, int64_t d_stride, int64_t rows, int64_t d, void* out);
 
   // c[i * ldc + j] for i < m, j < n, and anything in the rest of the last vector: f32, or f64 for f64. `a` holds the
-  // groups of RowGroups one after the other. Row k of W begins at w + k * stride; stride in bytes.
-  void (*multiply)(const void* a, int64_t m, const char* w, int64_t stride, int64_t n, int64_t d, void* c, int64_t ldc);
+  // groups of RowGroups one after the other. Row k of W begins at w + k * stride; stride in bytes. With `out`, whose
+  // rows are aligned to a vector and `ldo` elements apart, the sums go there, past the caches, and c is for what they
+  // come to after a part of the reduction; `n` is then a multiple of `width`.
+  void (*multiply)(const void* a, int64_t m, const char* w, int64_t stride, int64_t n, int64_t d, void* c, int64_t ldc,
+                   void* out, int64_t ldo);
 };
 
 // nullptr where the level has no kernel for the dtype (f64 above the portable level).
