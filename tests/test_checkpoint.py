@@ -141,6 +141,21 @@ def test_reads_every_expert_as_stored(family: str, tmp_path: Path) -> None:
         assert_same_bits(as_bytes(checkpoint.tensor(name)), as_bytes(tensor), name)
 
 
+@pytest.mark.parametrize("progress", [True, False, None])
+def test_bars_are_drawn_where_they_are_asked_for(
+    progress: bool | None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Captured output is no terminal."""
+    published.write(tmp_path, "mixtral")
+    capsys.readouterr()  # Transformers' own bars
+    checkpoint = Checkpoint(tmp_path, progress=progress)
+    checkpoint.load(checkpoint.layers[1])
+    drawn, full = capsys.readouterr().err, "#" * 30
+    for what in ("headers", checkpoint.layers[1]):
+        assert (f"{what} [{full}] " in drawn) == bool(progress), what
+    assert bool(drawn) == bool(progress)
+
+
 def test_writes_to_a_tensor_do_not_reach_the_file(tmp_path: Path) -> None:
     tensors = published.write(tmp_path, "mixtral")
     checkpoint = Checkpoint(tmp_path)

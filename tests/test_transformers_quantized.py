@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import FunctionType
 
 import published
 import pytest
@@ -172,6 +174,31 @@ def test_optimize_leaves_quantised_experts_alone(tmp_path: Path) -> None:
     for name, parameter in model.named_parameters():
         assert_same_bits(raw(parameter), before.pop(name), name)
     assert not before
+
+
+def functions() -> dict[tuple[str, ...], FunctionType]:
+    """Every function and method of Transformers' modules that are loaded, as it is now."""
+    found: dict[tuple[str, ...], FunctionType] = {}
+    for module in [name for name in sys.modules if name.startswith("transformers.")]:
+        for name, value in list(vars(sys.modules[module]).items()):
+            if isinstance(value, FunctionType):
+                found[module, name] = value
+            elif isinstance(value, type) and value.__module__ == module:
+                found |= {(module, name, n): f for n, f in vars(value).items() if isinstance(f, FunctionType)}
+    return found
+
+
+def test_no_function_is_patched(tmp_path: Path) -> None:
+    """Transformers itself wraps its FP8Experts' methods where it makes such experts."""
+    quantized.disable()
+    before = functions()
+    assert len(before) > 1000
+    quantized.enable()
+    published.write(tmp_path, "deepseek_v4")
+    load(tmp_path)(torch.zeros(1, 3, dtype=torch.int64))
+    after = functions()
+    changed = {name for name, function in before.items() if after[name] is not function}
+    assert not {name for name in changed if not after[name].__globals__["__name__"].startswith("transformers.")}
 
 
 def test_disable_gives_the_stock_quantizers_back(tmp_path: Path) -> None:
