@@ -123,12 +123,33 @@ def random_weight(name: str, N: int, D: int, spread: int, random: Random) -> Wei
     return Weight(codes, scale, zero, name, N, D)
 
 
-def products(a: Tensor, weight: Weight) -> Tensor:
+def products(a: Tensor, weight: Weight, mode: str = "weight_only") -> Tensor:
     ends = torch.tensor([len(a)], dtype=torch.int32)
     with poisoned():
         return polymoe.grouped_mm(
-            a, weight.data.mT, ends, None, torch.float32, weight.format, weight.scale, weight.zero
+            a, weight.data.mT, ends, None, torch.float32, weight.format, weight.scale, weight.zero, mode
         )
+
+
+@pytest.mark.parametrize("spread", [3, 8, 250])
+@pytest.mark.parametrize("name", ["mxfp4", "int4_g128", "int4_g128+zero", "int4_g128+any", "int4_g64"])
+@pytest.mark.parametrize("M", [5, 6, 7, 16, 33, 150])
+def test_rounded_rows_by_weights_of_four_bits_have_the_bits_of_vectors(
+    M: int, name: str, spread: int, seed: int
+) -> None:
+    """Tiles take many rows in groups of 128, if 16 rows of W have scales near enough and zero points that bytes can
+    hold. 150 rows are more tiles than wait for one another."""
+    random = Random(seed)
+    for N in (1, 16, 17, 130):
+        for D in (64, 128, 545, 1024, 2176):
+            a = random.normal(M, D).bfloat16()
+            a[0], a[1], a[2, 0], a[3, D // 2] = 0, -1, torch.nan, torch.inf
+            weight = random_weight(name, N, D, spread, random)
+            outs = []
+            for level in ("amx", "avx512_bf16"):
+                with polymoe.force_isa_level(level):
+                    outs.append(products(a, weight, "int8_g128"))
+            assert_same_bits(*outs, f"N={N} D={D}")
 
 
 SUMMED_IN_BLOCKS = [

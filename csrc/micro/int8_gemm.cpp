@@ -11,7 +11,7 @@
 //   part  += (sum - offset * sum of a) * scale of the weights     the pieces of a group
 //   total += part * scale of a                                    the groups
 //
-// With AMX more than a few rows by int8 weights are left to amx_int8_activations.cpp, which takes the same steps.
+// With AMX more than a few rows are left to amx_int8_activations.cpp, which takes the same steps, where it gains.
 #include "bytes.h"
 #include "int8_few_rows.h"
 #include "int8_piece.h"
@@ -327,6 +327,12 @@ Tile<Source> tile_of(int rows) {
   return tiles[rows - 1];
 }
 
+// Whether the elements of a group of A share a scale of the weights, too.
+template <int GROUP>
+bool sums_whole_groups(const Weights& w) {
+  return w.matrix->scale_columns % (GROUP * kPiece) == 0;  // 0: whole rows share one
+}
+
 // All row groups of A with the columns of a source. `task` says the rest, but of the groups.
 template <int GROUP, class Source>
 void multiply_groups(const Piece* a, const RowGroups& groups, const Source& w, bool whole, const Task& task) {
@@ -382,59 +388,99 @@ void multiply_few_rows(const Piece* a, int64_t m, const Weights& w, int64_t n, i
 }
 #endif
 
+// Columns [j0, j0 + columns) of n, at most kLanes, for any rows, without a panel.
 template <class C, int GROUP>
-void multiply(const char* a, int64_t m, const Weights& w, int64_t n, int64_t d, void* c, int64_t ldc) {
-  const RowGroups groups(m, kRows<C, GROUP>);
-  if (groups.count == 0) return;
-  const Piece* const rows = reinterpret_cast<const Piece*>(a);
+void multiply_columns(const Piece* a, const RowGroups& groups, const Weights& w, int64_t j0, int64_t columns, int64_t n,
+                      int64_t d, float* c, int64_t ldc) {
   const Space space(d, GROUP * kPiece);
-  const int64_t shared = w.matrix->scale_columns;  // elements that share a scale of the weights
-  const bool whole = shared == 0 || shared % (GROUP * kPiece) == 0;
-  const bool once = decodes_once(m, kRows<C, GROUP>);
-#if defined(POLYMOE_LEVEL_AVX512) || defined(POLYMOE_LEVEL_AVX512_BF16)
-  if (m <= kFewRows && (C::bits == 4 || shared == 0)) {
-    const auto few = whole ? multiply_few_rows<C, GROUP, GROUP> : multiply_few_rows<C, GROUP, 1>;
-    return few(rows, m, w, n, d, static_cast<float*>(c), ldc);
-  }
-#endif
-#if defined(POLYMOE_LEVEL_AMX)
-  // Sums over 32 elements leave the tiles so often that the panel, once written, serves many rows better.
-  if (C::bits == 8 && once && shared == 0 && (GROUP > 1 || m <= 16))
-    return (GROUP == 1 ? int8_tiles : int8_g128_tiles)(rows, groups, m, w, n, d, static_cast<float*>(c), ldc);
-#endif
-  const int64_t most = once ? kColumns : kLanes;
+  float* const scale = space.scale(w.workspace);
+  float* const offset = w.matrix->zero ? space.offset(w.workspace) : nullptr;
+  const Ahead ahead(w, j0 + kLanes, n, kLanes, Stored<C>::piece_bytes);
+  const Stored<C> stored(w, j0, columns, d);
+  stored.prepare(space.pieces, scale, offset);
+  const Task task{scale, offset, space.pieces, &ahead, 0, 0, c + j0, ldc, columns};
+  multiply_groups<GROUP>(a, groups, stored, sums_whole_groups<GROUP>(w), task);
+}
+
+// The same for all columns, in panels.
+template <class C, int GROUP>
+void multiply_panels(const Piece* a, const RowGroups& groups, const Weights& w, int64_t n, int64_t d, float* c,
+                     int64_t ldc) {
+  const Space space(d, GROUP * kPiece);
   char* const panel = space.panel(w.workspace);
   float* const scale = space.scale(w.workspace);
   float* const offset = w.matrix->zero ? space.offset(w.workspace) : nullptr;
-
-  for (int64_t j0 = 0; j0 < n; j0 += most) {
-    const int64_t columns = n - j0 < most ? n - j0 : most;
-    const Ahead ahead(w, j0 + most, n, most, Stored<C>::piece_bytes);
-    const Task task{scale, offset, space.pieces, &ahead, 0, 0, static_cast<float*>(c) + j0, ldc, columns};
-    if (!once) {
-      const Stored<C> stored(w, j0, columns, d);
-      stored.prepare(space.pieces, scale, offset);
-      multiply_groups<GROUP>(rows, groups, stored, whole, task);
-      continue;
-    }
+  for (int64_t j0 = 0; j0 < n; j0 += kColumns) {
+    const int64_t columns = n - j0 < kColumns ? n - j0 : kColumns;
+    const Ahead ahead(w, j0 + kColumns, n, kColumns, Stored<C>::piece_bytes);
     for (int v = 0; v < kVectors && v * kLanes < columns; ++v) {
       const int64_t at = v * space.pieces * kLanes;
       const Stored<C> stored(w, j0 + v * kLanes, columns - v * kLanes, d);
       stored.prepare(space.pieces, scale + at, offset ? offset + at : nullptr);
       Panel::write(stored, space.pieces, panel + v * kLanes * 4);
     }
-    multiply_groups<GROUP>(rows, groups, Panel{panel}, whole, task);
+    const Task task{scale, offset, space.pieces, &ahead, 0, 0, c + j0, ldc, columns};
+    multiply_groups<GROUP>(a, groups, Panel{panel}, sums_whole_groups<GROUP>(w), task);
   }
 }
 
-template <int GROUP>
+#if defined(POLYMOE_LEVEL_AMX)
+// What many rows are left to, or null.
+template <class C, int GROUP>
+constexpr const Int8Tiles* kTiles = nullptr;
+template <>
+constexpr const Int8Tiles* kTiles<Int8Codes, 1> = &int8_tiles;
+template <>
+constexpr const Int8Tiles* kTiles<Int8Codes, 4> = &int8_g128_tiles;
+template <>
+constexpr const Int8Tiles* kTiles<E2m1Codes, 4> = &mxfp4_g128_tiles;
+template <>
+constexpr const Int8Tiles* kTiles<Int4Codes, 4> = &int4_g128_tiles;
+
+// Sums over 32 elements leave the tiles so often that the panel, once written, serves many rows better.
+template <class C, int GROUP>
+bool tiles_serve(const Weights& w, int64_t m, int64_t d) {
+  if (C::bits == 8) return w.matrix->scale_columns == 0 && (GROUP > 1 || m <= 16);
+  return d % (GROUP * kPiece) == 0 && (C::by_piece || sums_whole_groups<GROUP>(w));
+}
+#endif
+
+template <class C, int GROUP>
+void multiply(const char* a, int64_t m, const Weights& w, int64_t n, int64_t d, void* out, int64_t ldc) {
+  const RowGroups groups(m, kRows<C, GROUP>);
+  if (groups.count == 0) return;
+  const Piece* const rows = reinterpret_cast<const Piece*>(a);
+  float* const c = static_cast<float*>(out);
+#if defined(POLYMOE_LEVEL_AVX512) || defined(POLYMOE_LEVEL_AVX512_BF16)
+  if (m <= kFewRows && (C::bits == 4 || w.matrix->scale_columns == 0)) {
+    const auto few = sums_whole_groups<GROUP>(w) ? multiply_few_rows<C, GROUP, GROUP> : multiply_few_rows<C, GROUP, 1>;
+    return few(rows, m, w, n, d, c, ldc);
+  }
+#endif
+  if (decodes_once(m, kRows<C, GROUP>)) {
+#if defined(POLYMOE_LEVEL_AMX)
+    if constexpr (kTiles<C, GROUP> != nullptr)
+      if (tiles_serve<C, GROUP>(w, m, d))
+        return kTiles<C, GROUP>->multiply(rows, groups, m, w, n, d, c, ldc, multiply_columns<C, GROUP>);
+#endif
+    return multiply_panels<C, GROUP>(rows, groups, w, n, d, c, ldc);
+  }
+  for (int64_t j0 = 0; j0 < n; j0 += kLanes)
+    multiply_columns<C, GROUP>(rows, groups, w, j0, n - j0 < kLanes ? n - j0 : kLanes, n, d, c, ldc);
+}
+
+template <class C, int GROUP>
 int64_t workspace(int64_t d) {
-  return Space(d, GROUP * kPiece).bytes();
+  const Space space(d, GROUP * kPiece);
+#if defined(POLYMOE_LEVEL_AMX)
+  if constexpr (kTiles<C, GROUP> != nullptr) return space.bytes() + kTiles<C, GROUP>->workspace(space.pieces);
+#endif
+  return space.bytes();
 }
 
 template <class C, int GROUP, class T>
-constexpr GemmKernel kernel = {GROUP * kPiece,         sizeof(Piece) / kPiece, kRows<C, GROUP>, 1,
-                               pack_rows<C, GROUP, T>, multiply<C, GROUP>,     workspace<GROUP>};
+constexpr GemmKernel kernel = {GROUP * kPiece,         sizeof(Piece) / kPiece, kRows<C, GROUP>,    1,
+                               pack_rows<C, GROUP, T>, multiply<C, GROUP>,     workspace<C, GROUP>};
 
 template <class C, int GROUP>
 constexpr GemmTable table = {{&kernel<C, GROUP, float>, &kernel<C, GROUP, bf16>, &kernel<C, GROUP, f16>, nullptr}};
