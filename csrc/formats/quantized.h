@@ -1,13 +1,17 @@
-// Quantised weights as operands of a product. What multiplies: `Wide`, f32 by f32, or `Dot`, pairs of bf16, where the
-// level has the instruction and x is bf16. What is stored: a codec for each family of formats, which turns the bytes of
-// a step of a row into such operands, exactly; the scale of a block is left to whoever adds up its products.
+// Quantised weights as operands of a product. What multiplies: `Wide`, f32 by f32, or, where x is bf16, pairs of bf16:
+// `Pairs` (pairs.h) where the level has the instruction, and `Dot` for tiles. What is stored: a codec for each family
+// of formats, which turns the bytes of a step of a row into such operands, exactly; the scale of a block is left to
+// whoever adds up its products.
 //
 //   step               elements of the reduction taken at a time
-//   below(codes, largest, adjust)  `adjust` of the groups of a block from their scales' codes and the largest of them
-//   decode(p, adjust)  a step of a row, from p; `adjust` is 4 bytes that make it relative to its block:
-//                        mxfp4, mxfp8: what a group of 32 is below the largest of its block: a factor 2^-n for Wide,
-//                        n << 7 twice for Dot; int4: the zero point, as a float or as a word twice; else nothing
-//   decode_any         int4: the same for zero points above `last_zero`, too
+//   pack(p, out)       a step of x, in the order in which `decode` puts the elements of a step
+//   decode(p, adjust)  a step of a row, from p; `adjust` makes it relative to its block: how many powers of two a group
+//                        of 32 is below the largest of its block (mxfp4, mxfp8), the zero point (int4), else nothing
+//
+// For Dot `adjust` is n << 7 twice, or the zero point as a word twice, and
+//
+//   below(codes, largest, adjust)  makes that of the groups of a block from their scales' codes and the largest of them
+//   decode_any                     int4: decodes with zero points above `last_zero`, too
 //
 // bf16 holds every code here exactly, and as a normal number, which matters because the dot product reads subnormal
 // ones as zero: groups stay kSpread below the largest of the block at most.
@@ -64,15 +68,20 @@ struct Wide {
       f[VF::width + i] = in_order[2 * i + 1];
     }
   }
-
-  static void below(const uint8_t* codes, uint8_t largest, uint32_t* adjust) {
-    for (int64_t i = 0; i < kGroups; ++i) {
-      const int n = largest - codes[i];
-      adjust[i] = uint32_t(127 - (n < kSpread ? n : kSpread)) << 23;
-    }
-  }
-  static uint32_t zero_point(int zero) { return float_bits(float(zero)); }
 };
+
+// 2^-n, and n.
+struct Factors {
+  float halved[kSpread + 1], integer[256];
+};
+constexpr Factors factors() {
+  Factors f{};
+  float power = 1;
+  for (float& x : f.halved) x = power, power *= 0.5f;
+  for (int i = 0; i < 256; ++i) f.integer[i] = float(i);
+  return f;
+}
+constexpr Factors kFactors = factors();
 
 // The even and odd bytes of a step of 8-bit codes, or low and high nibbles of a step of 4-bit ones, and what becomes of
 // them; each codec says so for one vector of 32-bit integers.
@@ -221,57 +230,56 @@ template <class A>
 struct Int4;
 
 template <>
-struct Mxfp4<Wide> {
+struct Mxfp4<Wide> : Wide {
   static constexpr int bits = 4;
   static constexpr Adjust adjust = Adjust::groups;
-  static Wide::X decode(const char* p, uint32_t below) {
+  static X decode(const char* p, uint8_t below) {
     const Ints codes = bytes_at(p);
-    const VF factor = set<VF>(bits_float(below));
+    const VF factor = set<VF>(kFactors.halved[below]);
     return {e2m1(codes) * factor, e2m1(high_nibble(codes)) * factor};
   }
 };
 
 template <>
-struct Fp8<Wide> {
+struct Fp8<Wide> : Wide {
   static constexpr int bits = 8;
   static constexpr Adjust adjust = Adjust::none;
-  static Wide::X decode(const char* p, uint32_t) {
+  static X decode(const char* p, uint8_t) {
     const Ints codes = words_at(p);
     return {e4m3(codes), e4m3(high_byte(codes))};
   }
 };
 
 template <>
-struct Mxfp8<Wide> {
+struct Mxfp8<Wide> : Wide {
   static constexpr int bits = 8;
   static constexpr Adjust adjust = Adjust::groups;
-  static Wide::X decode(const char* p, uint32_t below) {
-    const Wide::X x = Fp8<Wide>::decode(p, 0);
-    const VF factor = set<VF>(bits_float(below));
+  static X decode(const char* p, uint8_t below) {
+    const X x = Fp8<Wide>::decode(p, 0);
+    const VF factor = set<VF>(kFactors.halved[below]);
     return {x.even * factor, x.odd * factor};
   }
 };
 
 template <>
-struct Int8<Wide> {
+struct Int8<Wide> : Wide {
   static constexpr int bits = 8;
   static constexpr Adjust adjust = Adjust::none;
-  static Wide::X decode(const char* p, uint32_t) {
+  static X decode(const char* p, uint8_t) {
     const Ints codes = words_at(p);
     return {signed_low_byte(codes), signed_high_byte(codes)};
   }
 };
 
 template <>
-struct Int4<Wide> {
-  static constexpr int bits = 4, last_zero = 255;
+struct Int4<Wide> : Wide {
+  static constexpr int bits = 4;
   static constexpr Adjust adjust = Adjust::blocks;
-  static Wide::X decode(const char* p, uint32_t zero) {
+  static X decode(const char* p, uint8_t zero) {
     const Ints codes = bytes_at(p);
-    const VF offset = set<VF>(bits_float(zero));
+    const VF offset = set<VF>(kFactors.integer[zero]);
     return {low_nibble(codes) - offset, low_nibble(high_nibble(codes)) - offset};
   }
-  static Wide::X decode_any(const char* p, uint32_t zero) { return decode(p, zero); }
 };
 
 #if defined(POLYMOE_LEVEL_AVX512_BF16)
@@ -283,9 +291,6 @@ struct Dot {
   using X = __m512i;
   static X load(const char* p) { return _mm512_loadu_si512(p); }
   static void store(char* p, X x) { _mm512_storeu_si512(p, x); }
-  static VF multiply_add(VF acc, X x, X w) { return {_mm512_dpbf16_ps(acc.v, __m512bh(x), __m512bh(w))}; }
-
-  static void pack(const bf16* p, char* out) { store(out, load(reinterpret_cast<const char*>(p))); }
 
   static void below(const uint8_t* codes, uint8_t largest, uint32_t* adjust) {
     static_assert(kGroups == 16);
@@ -293,7 +298,6 @@ struct Dot {
     const __m512i n = _mm512_min_epi32(_mm512_sub_epi32(_mm512_set1_epi32(largest), code), _mm512_set1_epi32(kSpread));
     _mm512_storeu_si512(adjust, _mm512_or_si512(_mm512_slli_epi32(n, 7), _mm512_slli_epi32(n, 23)));
   }
-  static uint32_t zero_point(int zero) { return uint32_t(zero) * 0x10001u; }
 };
 
 // A byte in every 32 bits, its low nibble at the bottom of the low word and its high nibble at the bottom of the high

@@ -14,6 +14,14 @@ int64_t block_of(const QuantizedMatrix& m) {
   return C::adjust == Adjust::groups || m.scale_columns == 0 ? kBlock : m.scale_columns;
 }
 
+#if !defined(POLYMOE_LEVEL_PORTABLE)
+inline __m128i complement(const uint8_t* codes) {
+  return _mm_xor_si128(_mm_loadu_si128(reinterpret_cast<const __m128i*>(codes)), _mm_set1_epi8(-1));
+}
+// In the lowest word.
+inline __m128i least_byte(__m128i v) { return _mm_minpos_epu16(_mm_min_epu8(v, _mm_srli_epi16(v, 8))); }
+#endif
+
 // Of kGroups codes.
 inline uint8_t largest_of(const uint8_t* codes) {
 #if defined(POLYMOE_LEVEL_PORTABLE)
@@ -21,12 +29,7 @@ inline uint8_t largest_of(const uint8_t* codes) {
   for (int i = 0; i < kGroups; ++i) largest = codes[i] > largest ? codes[i] : largest;
   return largest;
 #else
-  __m128i v = _mm_loadu_si128(reinterpret_cast<const __m128i*>(codes));
-  v = _mm_max_epu8(v, _mm_srli_si128(v, 8));
-  v = _mm_max_epu8(v, _mm_srli_si128(v, 4));
-  v = _mm_max_epu8(v, _mm_srli_si128(v, 2));
-  v = _mm_max_epu8(v, _mm_srli_si128(v, 1));
-  return uint8_t(_mm_cvtsi128_si32(v));
+  return uint8_t(255 - _mm_cvtsi128_si32(least_byte(complement(codes))));
 #endif
 }
 
@@ -38,35 +41,55 @@ float prepare_groups(const uint8_t* codes, uint32_t* adjust) {
   return from_e8m0(largest);
 }
 
-// Scales and zero points of a row.
-struct RowScales {
-  const char* scale;
-  const uint8_t* zero;  // or null
-
-  RowScales() = default;
-  RowScales(const QuantizedMatrix& m, int64_t n)
-      : scale(m.scale + n / m.scale_rows * m.scale_stride),
-        zero(m.zero ? reinterpret_cast<const uint8_t*>(m.zero + n * m.zero_stride) : nullptr) {}
-};
-
-// The multiplier of block b of a row of d elements. `adjust` gets kGroups elements where groups differ, and one where
-// blocks have zero points.
-template <class A, class C>
-float prepare_block(const QuantizedMatrix& m, const RowScales& row, int64_t b, int64_t d, uint32_t* adjust) {
-  if (C::adjust == Adjust::groups) {
-    const uint8_t* const codes = reinterpret_cast<const uint8_t*>(row.scale) + b * kGroups;
-    const int64_t groups = (d + kGroup - 1) / kGroup - b * kGroups;
-    if (groups >= kGroups) return prepare_groups<A>(codes, adjust);
-    uint8_t last[kGroups] = {};
-    for (int64_t i = 0; i < groups; ++i) last[i] = codes[i];
-    return prepare_groups<A>(last, adjust);
+// The same, where groups get how many powers of two they are below it.
+inline float prepare_groups(const uint8_t* codes, uint8_t* below) {
+#if defined(POLYMOE_LEVEL_PORTABLE)
+  const uint8_t largest = largest_of(codes);
+  for (int64_t i = 0; i < kGroups; ++i) {
+    const int n = largest - codes[i];
+    below[i] = uint8_t(n < kSpread ? n : kSpread);
   }
-  if (C::adjust == Adjust::blocks) *adjust = A::zero_point(row.zero ? row.zero[b] : 8);
-  const int64_t at = m.scale_columns == 0 ? 0 : b;
-  if (m.exponents) return from_e8m0(uint8_t(row.scale[at]));
-  float multiplier;
-  __builtin_memcpy(&multiplier, row.scale + at * 4, 4);
-  return multiplier;
+  return from_e8m0(largest);
+#else
+  const __m128i left = complement(codes), least = least_byte(left);
+  const __m128i n = _mm_sub_epi8(left, _mm_shuffle_epi8(least, _mm_setzero_si128()));
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(below), _mm_min_epu8(n, _mm_set1_epi8(kSpread)));
+  return from_e8m0(uint8_t(255 - _mm_cvtsi128_si32(least)));
+#endif
+}
+
+// Scales and zero points of a row of d elements as a codec C wants them: the multiplier of each block, and `adjust` of
+// each group or block. Where they are not stored like that, `multiplier` and `adjust` have room for them.
+template <class C>
+void prepare_row(const QuantizedMatrix& m, int64_t n, int64_t d, int64_t blocks, float* multiplier, uint8_t* adjust,
+                 const float*& multipliers, const uint8_t*& adjusts) {
+  const char* const scale = m.scale + (m.scale_rows == 1 ? n : n / m.scale_rows) * m.scale_stride;
+  multipliers = multiplier;
+  adjusts = adjust;
+  if (C::adjust == Adjust::groups) {
+    const uint8_t* const codes = reinterpret_cast<const uint8_t*>(scale);
+    const int64_t whole = d / kBlock, left = (d - whole * kBlock + kGroup - 1) / kGroup;
+    for (int64_t b = 0; b < whole; ++b) multiplier[b] = prepare_groups(codes + b * kGroups, adjust + b * kGroups);
+    if (left == 0) return;
+    uint8_t last[kGroups] = {};
+    for (int64_t i = 0; i < left; ++i) last[i] = codes[whole * kGroups + i];
+    multiplier[whole] = prepare_groups(last, adjust + whole * kGroups);
+    return;
+  }
+  if (C::adjust == Adjust::blocks) {
+    if (m.zero)
+      adjusts = reinterpret_cast<const uint8_t*>(m.zero + n * m.zero_stride);
+    else
+      __builtin_memset(adjust, 8, size_t(blocks));
+  }
+  const int64_t step = m.scale_columns ? 1 : 0;
+  const float* const stored = reinterpret_cast<const float*>(scale);
+  if (m.exponents)
+    for (int64_t b = 0; b < blocks; ++b) multiplier[b] = from_e8m0(uint8_t(scale[b * step]));
+  else if (step)
+    multipliers = stored;
+  else
+    for (int64_t b = 0; b < blocks; ++b) multiplier[b] = *stored;
 }
 
 }  // namespace

@@ -10,6 +10,9 @@
 #include "../formats/scales.h"
 #include "amx_gemm.h"
 #include "gemm_kernel.h"
+#if defined(POLYMOE_LEVEL_AVX512_BF16)
+#include "../formats/pairs.h"
+#endif
 
 namespace polymoe::POLYMOE_LEVEL {
 namespace {
@@ -41,7 +44,7 @@ struct Reduction {
 // A row of weights, ready for a tile.
 struct Row {
   const char* data;         // codes, or decoded elements
-  const uint32_t* adjust;   // by group or block, as the codec wants it
+  const uint8_t* adjust;    // by group or block, as the codec wants it
   const float* multiplier;  // by block
 };
 
@@ -51,32 +54,25 @@ struct Prefetch {
   int count;
 };
 
-// Weights decoded where they are used; with any zero points, or those up to Codec::last_zero.
-template <class A, template <class> class Codec, bool ANY = false>
+// Weights decoded where they are used.
+template <class C>
 struct Decoded {
-  using C = Codec<A>;
-  static constexpr int64_t bytes = A::step * C::bits / 8;
+  static constexpr int64_t bytes = C::step * C::bits / 8;
   static constexpr int columns(int rows) { return kDecoded[rows - 1]; }
 
-  static uint32_t adjust(const Row& row, int64_t s, int64_t block) {
-    if (C::adjust == Adjust::groups) return row.adjust[s * A::step / kGroup];
-    return C::adjust == Adjust::blocks ? row.adjust[block] : 0;
+  static typename C::X load(const Row& row, int64_t s, int64_t block) {
+    return C::decode(row.data + s * bytes, adjust(row, s, block));
   }
-  static typename A::X load(const Row& row, int64_t s, int64_t block) {
-    return decode(row.data + s * bytes, adjust(row, s, block));
-  }
-  static typename A::X load_tail(const Row& row, int64_t s, int64_t block, int tail) {
+  static typename C::X load_tail(const Row& row, int64_t s, int64_t block, int tail) {
     char last[bytes] = {};
     __builtin_memcpy(last, row.data + s * bytes, size_t(tail * C::bits + 7) / 8);
-    return decode(last, adjust(row, s, block));
+    return C::decode(last, adjust(row, s, block));
   }
 
  private:
-  static typename A::X decode(const char* p, uint32_t adjust) {
-    if constexpr (ANY && C::adjust == Adjust::blocks)
-      return C::decode_any(p, adjust);
-    else
-      return C::decode(p, adjust);
+  static uint8_t adjust(const Row& row, int64_t s, int64_t block) {
+    if (C::adjust == Adjust::groups) return row.adjust[s * C::step / kGroup];
+    return C::adjust == Adjust::blocks ? row.adjust[block] : 0;
   }
 };
 
@@ -101,7 +97,7 @@ void tile(const char* a, const Row* w, const Reduction& r, float* c, int64_t ldc
   for (int64_t b = 0; b < r.blocks; ++b) {
     const int64_t begin = b * r.block, end = begin + r.block < r.whole ? begin + r.block : r.whole;
     for (int i = 0; i < next.count; ++i)
-      for (int64_t line = begin * Source::bytes & ~int64_t(63); line < end * Source::bytes; line += 64)
+      for (int64_t line = (begin * Source::bytes + 63) & ~int64_t(63); line < end * Source::bytes; line += 64)
         __builtin_prefetch(next.row[i] + line, 0, 2);
     VF acc[ROWS * COLUMNS];
 #pragma GCC unroll 32
@@ -154,18 +150,6 @@ Tile tile_of(int rows, bool full) {
   return tiles[full][rows - 1];
 }
 
-// Scales and zero points of row n as tiles take them. False if one of these is beyond what C decodes in registers.
-template <class A, class C>
-bool prepare(const QuantizedMatrix& m, int64_t n, int64_t blocks, int64_t d, float* multiplier, uint32_t* adjust) {
-  constexpr int64_t per_block = C::adjust == Adjust::groups ? kGroups : 1;
-  const RowScales row(m, n);
-  for (int64_t b = 0; b < blocks; ++b) multiplier[b] = prepare_block<A, C>(m, row, b, d, adjust + b * per_block);
-  bool in_registers = true;
-  if constexpr (C::adjust == Adjust::blocks)
-    for (int64_t b = 0; row.zero && b < blocks; ++b) in_registers &= row.zero[b] <= C::last_zero;
-  return in_registers;
-}
-
 // Places in the workspace, for kMaxColumns rows of d elements.
 template <class A>
 struct Workspace {
@@ -175,19 +159,19 @@ struct Workspace {
   explicit Workspace(int64_t d)
       : factors((d + kBlock - 1) / kBlock * kGroups), panel_row((d + A::step - 1) / A::step * Paneled<A>::bytes) {}
 
-  int64_t bytes() const { return kMaxColumns * (2 * factors * 4 + panel_row); }
+  int64_t bytes() const { return kMaxColumns * (factors * 5 + panel_row); }
   char* panel(char* base, int j) const { return base + j * panel_row; }
   float* multiplier(char* base, int j) const {
     return reinterpret_cast<float*>(base + kMaxColumns * panel_row) + j * factors;
   }
-  uint32_t* adjust(char* base, int j) const {
-    return reinterpret_cast<uint32_t*>(base + kMaxColumns * (panel_row + factors * 4)) + j * factors;
+  uint8_t* adjust(char* base, int j) const {
+    return reinterpret_cast<uint8_t*>(base + kMaxColumns * (panel_row + factors * 4)) + j * factors;
   }
 };
 
-template <class A, template <class> class Codec>
+template <class A, class C>
 void decode_row(const Row& row, const Reduction& r, char* out) {
-  using Source = Decoded<A, Codec, true>;
+  using Source = Decoded<C>;
   for (int64_t b = 0; b < r.blocks; ++b) {
     const int64_t begin = b * r.block, end = begin + r.block < r.whole ? begin + r.block : r.whole;
     for (int64_t s = begin; s < end; ++s) A::store(out + s * Paneled<A>::bytes, Source::load(row, s, b));
@@ -195,12 +179,12 @@ void decode_row(const Row& row, const Reduction& r, char* out) {
   if (r.tail) A::store(out + r.whole * Paneled<A>::bytes, Source::load_tail(row, r.whole, r.blocks - 1, r.tail));
 }
 
-template <class A, template <class> class Codec>
+template <class A, class C>
 void multiply(const char* a, int64_t m, const Weights& w, int64_t n, int64_t d, void* c, int64_t ldc) {
   const RowGroups groups(m, kMaxRows);
   if (groups.count == 0 || n == 0) return;
   const QuantizedMatrix& matrix = *w.matrix;
-  const int64_t block = block_of<Codec<A>>(matrix);
+  const int64_t block = block_of<C>(matrix);
   const Reduction r{(d + block - 1) / block, block / A::step, d / A::step, int(d % A::step)};
   const bool once = decodes_once(m, kMaxRows);
   const int full = once ? kPanelColumns : kDecoded[groups.rows(0) - 1];
@@ -211,18 +195,15 @@ void multiply(const char* a, int64_t m, const Weights& w, int64_t n, int64_t d, 
     const bool is_full = n - j0 >= full;
     const int columns = is_full ? full : 1;
     const int64_t left = n - j0 - columns, ahead = left >= full ? full : left > 0 ? 1 : 0;
-    bool in_registers = !once;
     Row rows[kMaxColumns];
     for (int j = 0; j < columns; ++j) {
       const int64_t row = matrix_row(w, j0 + j);
-      rows[j] = {matrix.data + row * matrix.data_stride, space.adjust(w.workspace, j),
-                 space.multiplier(w.workspace, j)};
-      in_registers &= prepare<A, Codec<A>>(matrix, row, r.blocks, d, space.multiplier(w.workspace, j),
-                                           space.adjust(w.workspace, j));
-    }
-    for (int j = 0; j < columns && !in_registers; ++j) {
+      rows[j].data = matrix.data + row * matrix.data_stride;
+      prepare_row<C>(matrix, row, d, r.blocks, space.multiplier(w.workspace, j), space.adjust(w.workspace, j),
+                     rows[j].multiplier, rows[j].adjust);
+      if (!once) continue;
       char* const panel = space.panel(w.workspace, j);
-      decode_row<A, Codec>(rows[j], r, panel);
+      decode_row<A, C>(rows[j], r, panel);
       rows[j].data = panel;
     }
     Prefetch next{{}, 0};
@@ -232,14 +213,8 @@ void multiply(const char* a, int64_t m, const Weights& w, int64_t n, int64_t d, 
     for (int64_t group = 0; group < groups.count; ++group) {
       const int count = groups.rows(group);
       const int64_t first = groups.first_row(group);
-      float* const out = static_cast<float*>(c) + first * ldc + j0;
-      if (once || in_registers) {
-        const Tile run = once ? tile_of<A, Paneled<A>>(count, is_full) : tile_of<A, Decoded<A, Codec>>(count, is_full);
-        run(a + first * row_bytes, rows, r, out, ldc, next);
-        continue;
-      }
-      for (int j = 0; j < columns; ++j)  // tiles in registers are wider than those of panels
-        tile_of<A, Paneled<A>>(count, false)(a + first * row_bytes, rows + j, r, out + j, ldc, next);
+      const Tile run = once ? tile_of<A, Paneled<A>>(count, is_full) : tile_of<A, Decoded<C>>(count, is_full);
+      run(a + first * row_bytes, rows, r, static_cast<float*>(c) + first * ldc + j0, ldc, next);
     }
     j0 += columns;
   }
@@ -260,9 +235,7 @@ void decode_elements(const QuantizedMatrix& m, int64_t n, int64_t begin, int64_t
       scale = from_e8m0(uint8_t(scales[block]));
     else
       __builtin_memcpy(&scale, scales + block * 4, 4);
-    const uint32_t adjust = C::adjust == Adjust::blocks
-                                ? Wide::zero_point(m.zero ? uint8_t(m.zero[n * m.zero_stride + block]) : 8)
-                                : float_bits(1);
+    const uint8_t adjust = C::adjust != Adjust::blocks ? 0 : m.zero ? uint8_t(m.zero[n * m.zero_stride + block]) : 8;
     const VF factor = set<VF>(scale);
     for (; at + step <= until; at += step, out += step) {
       const Wide::X x = C::decode(data + at * C::bits / 8, adjust);
@@ -279,18 +252,18 @@ void decode_elements(const QuantizedMatrix& m, int64_t n, int64_t begin, int64_t
   }
 }
 
-template <class A, class T>
+template <class C, class T>
 void pack_rows(const char* const* rows, int64_t count, int64_t d, char* out) {
-  constexpr int64_t stored = A::step * sizeof(T), packed = Paneled<A>::bytes;
-  const int64_t whole = d / A::step;
+  constexpr int64_t stored = C::step * sizeof(T), packed = Paneled<C>::bytes;
+  const int64_t whole = d / C::step;
   for (int64_t r = 0; r < count; ++r)
     for (int64_t s = 0; s < whole; ++s)
-      A::pack(reinterpret_cast<const T*>(rows[r] + s * stored), out + (s * count + r) * packed);
-  if (d % A::step == 0) return;
+      C::pack(reinterpret_cast<const T*>(rows[r] + s * stored), out + (s * count + r) * packed);
+  if (d % C::step == 0) return;
   for (int64_t r = 0; r < count; ++r) {
-    T last[A::step] = {};
-    __builtin_memcpy(last, rows[r] + whole * stored, size_t(d % A::step) * sizeof(T));
-    A::pack(last, out + (whole * count + r) * packed);
+    T last[C::step] = {};
+    __builtin_memcpy(last, rows[r] + whole * stored, size_t(d % C::step) * sizeof(T));
+    C::pack(last, out + (whole * count + r) * packed);
   }
 }
 
@@ -304,8 +277,8 @@ constexpr GemmKernel kernel = {A::step,
                                sizeof(typename A::Packed),
                                kMaxRows,
                                1,
-                               pack_rows<A, T>,
-                               multiply<A, Codec>,
+                               pack_rows<Codec<A>, T>,
+                               multiply<A, Codec<A>>,
                                workspace<A>,
                                nullptr,
                                nullptr,
@@ -313,7 +286,7 @@ constexpr GemmKernel kernel = {A::step,
                                decode_elements<Codec>};
 
 #if defined(POLYMOE_LEVEL_AVX512_BF16)
-using ForBf16 = Dot;
+using ForBf16 = Pairs;
 #else
 using ForBf16 = Wide;
 #endif

@@ -1,0 +1,126 @@
+// Quantised weights as pairs of bf16, for the instruction that adds the products of two such pairs to an f32. A step is
+// decoded in the order of its elements that takes the fewest instructions; `pack` puts a step of x in the same one.
+#pragma once
+
+#include "quantized.h"
+
+namespace polymoe::POLYMOE_LEVEL {
+namespace {
+
+struct Pairs {
+  using Packed = bf16;
+  static constexpr int step = 32;
+
+  using X = __m512i;
+  static X load(const char* p) { return _mm512_loadu_si512(p); }
+  static void store(char* p, X x) { _mm512_storeu_si512(p, x); }
+  static VF multiply_add(VF acc, X x, X w) { return {_mm512_dpbf16_ps(acc.v, __m512bh(x), __m512bh(w))}; }
+  static void pack(const bf16* p, char* out) { store(out, load(reinterpret_cast<const char*>(p))); }
+};
+
+// Word w of lane i of 128 bits is element 4 * w + i of a step.
+struct FourBits : Pairs {
+  static constexpr int bits = 4;
+
+  static void pack(const bf16* p, char* out) {
+    const __m512i word =
+        _mm512_cvtepu8_epi16(_mm256_setr_epi8(0, 4, 8, 12, 16, 20, 24, 28, 1, 5, 9, 13, 17, 21, 25, 29, 2, 6, 10, 14,
+                                              18, 22, 26, 30, 3, 7, 11, 15, 19, 23, 27, 31));
+    store(out, _mm512_permutexvar_epi16(word, load(reinterpret_cast<const char*>(p))));
+  }
+
+ protected:
+  // The words of the table that the codes stand for. An index has five bits, of which the fifth is the next code's, and
+  // so the table stands twice.
+  static X look_up(const char* p, const uint16_t (&table)[16]) {
+    const __m512i shifts = _mm512_setr_epi64(0, 0, 0x0004000400040004, 0x0004000400040004, 0x0008000800080008,
+                                             0x0008000800080008, 0x000c000c000c000c, 0x000c000c000c000c);
+    const __m512i codes = _mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+    const __m512i words = _mm512_broadcast_i64x4(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(table)));
+    return _mm512_permutexvar_epi16(_mm512_srlv_epi16(codes, shifts), words);
+  }
+};
+
+template <int N>
+struct Tables {
+  alignas(64) uint16_t of[N][16];
+};
+
+// e2m1 in bf16, by powers of two below; zero stays zero.
+constexpr Tables<kSpread + 1> e2m1_tables() {
+  constexpr uint16_t magnitude[8] = {0, 0x3f00, 0x3f80, 0x3fc0, 0x4000, 0x4040, 0x4080, 0x40c0};
+  Tables<kSpread + 1> t{};
+  for (int n = 0; n <= kSpread; ++n)
+    for (int code = 0; code < 16; ++code) {
+      const int m = magnitude[code & 7];
+      t.of[n][code] = uint16_t((m ? m - (n << 7) : 0) | (code & 8) << 12);
+    }
+  return t;
+}
+constexpr Tables<kSpread + 1> kE2m1 = e2m1_tables();
+
+// Four bits less a zero point, in bf16, by zero point.
+constexpr Tables<256> int4_tables() {
+  Tables<256> t{};
+  for (int zero = 0; zero < 256; ++zero)
+    for (int code = 0; code < 16; ++code) {
+      const int value = code - zero, magnitude = value < 0 ? -value : value;
+      int exponent = 0;
+      while (magnitude >> exponent > 1) ++exponent;
+      const int bits = magnitude ? (127 + exponent) << 7 | ((magnitude << (7 - exponent)) & 0x7f) : 0;
+      t.of[zero][code] = uint16_t(bits | (value < 0 ? 0x8000 : 0));
+    }
+  return t;
+}
+constexpr Tables<256> kInt4 = int4_tables();
+
+template <>
+struct Mxfp4<Pairs> : FourBits {
+  static constexpr Adjust adjust = Adjust::groups;
+  static X decode(const char* p, uint8_t below) { return look_up(p, kE2m1.of[below]); }
+};
+
+template <>
+struct Int4<Pairs> : FourBits {
+  static constexpr Adjust adjust = Adjust::blocks;
+  static X decode(const char* p, uint8_t zero) { return look_up(p, kInt4.of[zero]); }
+};
+
+// Word 2 * i is element i of a step, and the word after it element 16 + i.
+template <>
+struct Int8<Pairs> : Pairs {
+  static constexpr int bits = 8;
+  static constexpr Adjust adjust = Adjust::none;
+
+  static void pack(const bf16* p, char* out) {
+    const __m512i word =
+        _mm512_cvtepu8_epi16(_mm256_setr_epi8(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23, 8, 24, 9, 25, 10,
+                                              26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31));
+    store(out, _mm512_permutexvar_epi16(word, load(reinterpret_cast<const char*>(p))));
+  }
+  // Eight bits as f32 are bf16 once the lower half, which is zero, is left out.
+  static X decode(const char* p, uint8_t) {
+    const __m128i* const halves = reinterpret_cast<const __m128i*>(p);
+    const __m512 first = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(halves)));
+    const __m512 second = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(halves + 1)));
+    return _mm512_mask_blend_epi16(0xaaaaaaaa, _mm512_srli_epi32(_mm512_castps_si512(first), 16),
+                                   _mm512_castps_si512(second));
+  }
+};
+
+template <>
+struct Fp8<Pairs> : Pairs {
+  static constexpr int bits = 8;
+  static constexpr Adjust adjust = Adjust::none;
+  static X decode(const char* p, uint8_t) { return Fp8<Dot>::decode(p, 0); }
+};
+
+template <>
+struct Mxfp8<Pairs> : Pairs {
+  static constexpr int bits = 8;
+  static constexpr Adjust adjust = Adjust::groups;
+  static X decode(const char* p, uint8_t below) { return Mxfp8<Dot>::decode(p, uint32_t(below) * 0x00800080u); }
+};
+
+}  // namespace
+}  // namespace polymoe::POLYMOE_LEVEL
