@@ -46,14 +46,14 @@ struct Tables {
   alignas(64) uint16_t of[N][16];
 };
 
-// e2m1 in bf16, by powers of two below; zero stays zero.
+// e2m1 in bf16, by powers of two below; zero stays zero, without its sign.
 constexpr Tables<kSpread + 1> e2m1_tables() {
   constexpr uint16_t magnitude[8] = {0, 0x3f00, 0x3f80, 0x3fc0, 0x4000, 0x4040, 0x4080, 0x40c0};
   Tables<kSpread + 1> t{};
   for (int n = 0; n <= kSpread; ++n)
     for (int code = 0; code < 16; ++code) {
       const int m = magnitude[code & 7];
-      t.of[n][code] = uint16_t((m ? m - (n << 7) : 0) | (code & 8) << 12);
+      t.of[n][code] = uint16_t(m ? (m - (n << 7)) | (code & 8) << 12 : 0);
     }
   return t;
 }
@@ -108,18 +108,48 @@ struct Int8<Pairs> : Pairs {
   }
 };
 
+inline __m512i sign_extended_bytes(const char* p) {
+  return _mm512_cvtepi8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+}
+
+// Magnitudes of e4m3 codes: bf16 bits without the sign; and 0x7fff for NaN. `x` has the codes sign-extended.
+inline __m512i e4m3_magnitude(__m512i x) {
+  const __m512i code = _mm512_and_si512(_mm512_slli_epi16(x, 4), _mm512_set1_epi16(0x7f0));
+  const __m512i normal = _mm512_add_epi16(code, _mm512_set1_epi16(120 << 7));
+  // Subnormal codes and NaN are looked up: their low five bits are 0 to 7, and 31.
+  const __m512i next = _mm512_and_si512(_mm512_add_epi16(code, _mm512_set1_epi16(0x10)), _mm512_set1_epi16(0x7f0));
+  const __mmask32 special = _mm512_cmple_epu16_mask(next, _mm512_set1_epi16(0x80));
+  const __m512i table =
+      _mm512_inserti64x4(_mm512_castsi256_si512(_mm256_setr_epi16(0, 0x3b00, 0x3b80, 0x3bc0, 0x3c00, 0x3c20, 0x3c40,
+                                                                  0x3c60, 0, 0, 0, 0, 0, 0, 0, 0)),
+                         _mm256_setr_epi16(0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0x7fff), 1);
+  return _mm512_mask_permutexvar_epi16(normal, special, x, table);
+}
+
+inline __m512i with_sign(__m512i magnitude, __m512i x) {
+  return _mm512_ternarylogic_epi32(magnitude, x, _mm512_set1_epi16(short(0x8000)), 0xf8);
+}
+
 template <>
 struct Fp8<Pairs> : Pairs {
   static constexpr int bits = 8;
   static constexpr Adjust adjust = Adjust::none;
-  static X decode(const char* p, uint8_t) { return Fp8<Dot>::decode(p, 0); }
+  static X decode(const char* p, uint8_t) {
+    const __m512i x = sign_extended_bytes(p);
+    return with_sign(e4m3_magnitude(x), x);
+  }
 };
 
 template <>
 struct Mxfp8<Pairs> : Pairs {
   static constexpr int bits = 8;
   static constexpr Adjust adjust = Adjust::groups;
-  static X decode(const char* p, uint8_t below) { return Mxfp8<Dot>::decode(p, uint32_t(below) * 0x00800080u); }
+  static X decode(const char* p, uint8_t below) {
+    const __m512i x = sign_extended_bytes(p), magnitude = e4m3_magnitude(x);
+    const __mmask32 number = _mm512_cmpneq_epi16_mask(magnitude, _mm512_set1_epi16(0x7fff));
+    const __m512i exponents = _mm512_set1_epi32(int(below * 0x00800080u));
+    return with_sign(_mm512_mask_subs_epu16(magnitude, number, magnitude, exponents), x);
+  }
 };
 
 }  // namespace

@@ -1,17 +1,11 @@
-// Quantised weights as operands of a product. What multiplies: `Wide`, f32 by f32, or, where x is bf16, pairs of bf16:
-// `Pairs` (pairs.h) where the level has the instruction, and `Dot` for tiles. What is stored: a codec for each family
-// of formats, which turns the bytes of a step of a row into such operands, exactly; the scale of a block is left to
-// whoever adds up its products.
+// Quantised weights as operands of a product. What multiplies: `Wide`, f32 by f32, or, where x is bf16 and the level
+// has the instruction, `Pairs` of bf16 (pairs.h). What is stored: a codec for each family of formats, which turns the
+// bytes of a step of a row into such operands, exactly; the scale of a block is left to whoever adds up its products.
 //
 //   step               elements of the reduction taken at a time
 //   pack(p, out)       a step of x, in the order in which `decode` puts the elements of a step
 //   decode(p, adjust)  a step of a row, from p; `adjust` makes it relative to its block: how many powers of two a group
 //                        of 32 is below the largest of its block (mxfp4, mxfp8), the zero point (int4), else nothing
-//
-// For Dot `adjust` is n << 7 twice, or the zero point as a word twice, and
-//
-//   below(codes, largest, adjust)  makes that of the groups of a block from their scales' codes and the largest of them
-//   decode_any                     int4: decodes with zero points above `last_zero`, too
 //
 // bf16 holds every code here exactly, and as a normal number, which matters because the dot product reads subnormal
 // ones as zero: groups stay kSpread below the largest of the block at most.
@@ -281,136 +275,6 @@ struct Int4<Wide> : Wide {
     return {low_nibble(codes) - offset, low_nibble(high_nibble(codes)) - offset};
   }
 };
-
-#if defined(POLYMOE_LEVEL_AVX512_BF16)
-
-struct Dot {
-  using Packed = bf16;
-  static constexpr int step = 32;
-
-  using X = __m512i;
-  static X load(const char* p) { return _mm512_loadu_si512(p); }
-  static void store(char* p, X x) { _mm512_storeu_si512(p, x); }
-
-  static void below(const uint8_t* codes, uint8_t largest, uint32_t* adjust) {
-    static_assert(kGroups == 16);
-    const __m512i code = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(codes)));
-    const __m512i n = _mm512_min_epi32(_mm512_sub_epi32(_mm512_set1_epi32(largest), code), _mm512_set1_epi32(kSpread));
-    _mm512_storeu_si512(adjust, _mm512_or_si512(_mm512_slli_epi32(n, 7), _mm512_slli_epi32(n, 23)));
-  }
-};
-
-// A byte in every 32 bits, its low nibble at the bottom of the low word and its high nibble at the bottom of the high
-// word; what is above them differs.
-inline __m512i nibbles_at(const char* p) {
-  const __m512i bytes = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
-  return _mm512_or_si512(bytes, _mm512_slli_epi32(bytes, 12));
-}
-
-// Entries i and i + 16 are the same: an index has five bits.
-inline __m512i e2m1_in_bf16() {
-  const __m256i values =
-      _mm256_setr_epi16(0, 0x3f00, 0x3f80, 0x3fc0, 0x4000, 0x4040, 0x4080, 0x40c0, 0, short(0xbf00), short(0xbf80),
-                        short(0xbfc0), short(0xc000), short(0xc040), short(0xc080), short(0xc0c0));
-  return _mm512_broadcast_i64x4(values);
-}
-
-template <>
-struct Mxfp4<Dot> {
-  static constexpr int bits = 4;
-  static constexpr Adjust adjust = Adjust::groups;
-  static __m512i decode(const char* p, uint32_t below) {
-    const __m512i x = _mm512_permutexvar_epi16(nibbles_at(p), e2m1_in_bf16());
-    return _mm512_subs_epu16(x, _mm512_set1_epi32(int(below)));  // of the exponents; zero stays zero
-  }
-};
-
-// Magnitudes of e4m3 codes: bf16 bits without the sign; and 0x7fff for NaN. `x` has the codes sign-extended.
-inline __m512i e4m3_magnitude(__m512i x) {
-  const __m512i code = _mm512_and_si512(_mm512_slli_epi16(x, 4), _mm512_set1_epi16(0x7f0));
-  const __m512i normal = _mm512_add_epi16(code, _mm512_set1_epi16(120 << 7));
-  // Subnormal codes and NaN are looked up: their low five bits are 0 to 7, and 31.
-  const __m512i next = _mm512_and_si512(_mm512_add_epi16(code, _mm512_set1_epi16(0x10)), _mm512_set1_epi16(0x7f0));
-  const __mmask32 special = _mm512_cmple_epu16_mask(next, _mm512_set1_epi16(0x80));
-  const __m512i table =
-      _mm512_inserti64x4(_mm512_castsi256_si512(_mm256_setr_epi16(0, 0x3b00, 0x3b80, 0x3bc0, 0x3c00, 0x3c20, 0x3c40,
-                                                                  0x3c60, 0, 0, 0, 0, 0, 0, 0, 0)),
-                         _mm256_setr_epi16(0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0x7fff), 1);
-  return _mm512_mask_permutexvar_epi16(normal, special, x, table);
-}
-
-inline __m512i with_sign(__m512i magnitude, __m512i x) {
-  return _mm512_ternarylogic_epi32(magnitude, x, _mm512_set1_epi16(short(0x8000)), 0xf8);
-}
-
-inline __m512i sign_extended_bytes(const char* p) {
-  return _mm512_cvtepi8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
-}
-
-template <>
-struct Fp8<Dot> {
-  static constexpr int bits = 8;
-  static constexpr Adjust adjust = Adjust::none;
-  static __m512i decode(const char* p, uint32_t) {
-    const __m512i x = sign_extended_bytes(p);
-    return with_sign(e4m3_magnitude(x), x);
-  }
-};
-
-template <>
-struct Mxfp8<Dot> {
-  static constexpr int bits = 8;
-  static constexpr Adjust adjust = Adjust::groups;
-  static __m512i decode(const char* p, uint32_t below) {
-    const __m512i x = sign_extended_bytes(p), magnitude = e4m3_magnitude(x);
-    const __mmask32 number = _mm512_cmpneq_epi16_mask(magnitude, _mm512_set1_epi16(0x7fff));
-    return with_sign(_mm512_mask_subs_epu16(magnitude, number, magnitude, _mm512_set1_epi32(int(below))), x);
-  }
-};
-
-template <>
-struct Int8<Dot> {
-  static constexpr int bits = 8;
-  static constexpr Adjust adjust = Adjust::none;
-  static __m512i decode(const char* p, uint32_t) {
-    const __m128i* const halves = reinterpret_cast<const __m128i*>(p);
-    const __m512 low = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(halves)));
-    const __m512 high = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(halves + 1)));
-    return __m512i(_mm512_cvtne2ps_pbh(high, low));
-  }
-};
-
-template <>
-struct Int4<Dot> {
-  static constexpr int bits = 4, last_zero = 16;
-  static constexpr Adjust adjust = Adjust::blocks;
-  static __m512i decode(const char* p, uint32_t zero) {
-    // 0 to 15, and -16 to -1: what five bits of the difference stand for.
-    const __m512i table = _mm512_inserti64x4(
-        _mm512_castsi256_si512(_mm256_setr_epi16(0, 0x3f80, 0x4000, 0x4040, 0x4080, 0x40a0, 0x40c0, 0x40e0, 0x4100,
-                                                 0x4110, 0x4120, 0x4130, 0x4140, 0x4150, 0x4160, 0x4170)),
-        _mm256_setr_epi16(short(0xc180), short(0xc170), short(0xc160), short(0xc150), short(0xc140), short(0xc130),
-                          short(0xc120), short(0xc110), short(0xc100), short(0xc0e0), short(0xc0c0), short(0xc0a0),
-                          short(0xc080), short(0xc040), short(0xc000), short(0xbf80)),
-        1);
-    return _mm512_permutexvar_epi16(difference(p, zero), table);
-  }
-  static __m512i decode_any(const char* p, uint32_t zero) {
-    if ((zero >> 16) <= last_zero) return decode(p, zero);
-    const __m512i x = difference(p, zero);
-    const __m512 low = _mm512_cvtepi32_ps(_mm512_cvtepi16_epi32(_mm512_castsi512_si256(x)));
-    const __m512 high = _mm512_cvtepi32_ps(_mm512_cvtepi16_epi32(_mm512_extracti64x4_epi64(x, 1)));
-    return __m512i(_mm512_cvtne2ps_pbh(high, low));  // -255 to 15: bf16 holds them
-  }
-
- private:
-  static __m512i difference(const char* p, uint32_t zero) {
-    const __m512i codes = _mm512_and_si512(nibbles_at(p), _mm512_set1_epi32(0x000f000f));
-    return _mm512_sub_epi16(codes, _mm512_set1_epi32(int(zero)));
-  }
-};
-
-#endif
 
 }  // namespace
 }  // namespace polymoe::POLYMOE_LEVEL

@@ -22,29 +22,12 @@ inline __m128i complement(const uint8_t* codes) {
 inline __m128i least_byte(__m128i v) { return _mm_minpos_epu16(_mm_min_epu8(v, _mm_srli_epi16(v, 8))); }
 #endif
 
-// Of kGroups codes.
-inline uint8_t largest_of(const uint8_t* codes) {
-#if defined(POLYMOE_LEVEL_PORTABLE)
-  uint8_t largest = 0;
-  for (int i = 0; i < kGroups; ++i) largest = codes[i] > largest ? codes[i] : largest;
-  return largest;
-#else
-  return uint8_t(255 - _mm_cvtsi128_si32(least_byte(complement(codes))));
-#endif
-}
-
-// The largest scale of a block of groups is its multiplier; the groups get what they are below it.
-template <class A>
-float prepare_groups(const uint8_t* codes, uint32_t* adjust) {
-  const uint8_t largest = largest_of(codes);
-  A::below(codes, largest, adjust);
-  return from_e8m0(largest);
-}
-
-// The same, where groups get how many powers of two they are below it.
+// The largest scale of a block of kGroups groups is its multiplier; the groups get how many powers of two they are
+// below it.
 inline float prepare_groups(const uint8_t* codes, uint8_t* below) {
 #if defined(POLYMOE_LEVEL_PORTABLE)
-  const uint8_t largest = largest_of(codes);
+  uint8_t largest = 0;
+  for (int64_t i = 0; i < kGroups; ++i) largest = codes[i] > largest ? codes[i] : largest;
   for (int64_t i = 0; i < kGroups; ++i) {
     const int n = largest - codes[i];
     below[i] = uint8_t(n < kSpread ? n : kSpread);

@@ -7,7 +7,7 @@
 
 namespace polymoe::POLYMOE_LEVEL {
 
-const GemmKernel fp8_bf16 = kOnTiles<Fp8<Dot>>;
+const GemmKernel fp8_bf16 = kOnTiles<Fp8<Pairs>>;
 
 }  // namespace polymoe::POLYMOE_LEVEL
 #endif

@@ -7,7 +7,7 @@
 
 namespace polymoe::POLYMOE_LEVEL {
 
-const GemmKernel int4_bf16 = kOnTiles<Int4<Dot>>;
+const GemmKernel int4_bf16 = kOnTiles<Int4<Pairs>>;
 
 }  // namespace polymoe::POLYMOE_LEVEL
 #endif

@@ -7,7 +7,7 @@
 
 namespace polymoe::POLYMOE_LEVEL {
 
-const GemmKernel int8_bf16 = kOnTiles<Int8<Dot>>;
+const GemmKernel int8_bf16 = kOnTiles<Int8<Pairs>>;
 
 }  // namespace polymoe::POLYMOE_LEVEL
 #endif

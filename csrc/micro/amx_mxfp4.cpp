@@ -7,7 +7,7 @@
 
 namespace polymoe::POLYMOE_LEVEL {
 
-const GemmKernel mxfp4_bf16 = kOnTiles<Mxfp4<Dot>>;
+const GemmKernel mxfp4_bf16 = kOnTiles<Mxfp4<Pairs>>;
 
 }  // namespace polymoe::POLYMOE_LEVEL
 #endif

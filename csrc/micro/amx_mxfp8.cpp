@@ -7,7 +7,7 @@
 
 namespace polymoe::POLYMOE_LEVEL {
 
-const GemmKernel mxfp8_bf16 = kOnTiles<Mxfp8<Dot>>;
+const GemmKernel mxfp8_bf16 = kOnTiles<Mxfp8<Pairs>>;
 
 }  // namespace polymoe::POLYMOE_LEVEL
 #endif

@@ -2,7 +2,6 @@
 // few steps, is decoded while tiles multiply the span before it, in the other of two buffers that the L1 cache holds.
 #pragma once
 
-#include "../formats/scales.h"
 #include "amx_codes.h"
 #include "bytes.h"
 
@@ -289,7 +288,7 @@ class Spans {
       const int64_t left = d_ - (at_ + s) * kStep;
       char step[bytes] = {};
       __builtin_memcpy(step, codes + s * bytes, left < kStep ? size_t(left * C::bits + 7) / 8 : bytes);
-      Dot::store(out + s * kStepBytes, TileCodes<C>::decode(step, adjust + s));
+      Pairs::store(out + s * kStepBytes, TileCodes<C>::decode(step, adjust + s));
     }
   }
 
