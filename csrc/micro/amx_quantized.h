@@ -53,11 +53,12 @@ struct Product {
   const Rows& rows;
   Spans<C>& spans;
   const bool alone;  // one row group in all
-  Configured configured;
+  Configured& configured;
   RowsOfLanes lanes[2];  // of row groups, which have one or the other number of rows
   Transposed sums[kGroupsTogether];
 
-  Product(const Rows& rows, Spans<C>& spans, bool alone) : rows(rows), spans(spans), alone(alone) {}
+  Product(const Rows& rows, Spans<C>& spans, bool alone, Configured& configured)
+      : rows(rows), spans(spans), alone(alone), configured(configured) {}
 
   int64_t begin(const Span& span) const { return span.pass * kGroupsTogether; }
   int64_t end(const Span& span) const {
@@ -124,15 +125,14 @@ struct Product {
   }
 };
 
+// Not a part of its caller, where tiles are released: no cleanup for exceptions, which there are none of, is wanted.
 template <class C>
-[[gnu::nothrow]] void multiply_quantized(const char* a, int64_t m, const Weights& w, int64_t n, int64_t d, void* c,
-                                         int64_t ldc) {
-  const Rows rows{a, RowGroups(m, kMaxRows), d, static_cast<float*>(c), ldc};
-  if (trivial(rows, m, n)) return;
+[[gnu::nothrow, gnu::noinline]] void multiply_strips(const Rows& rows, const Weights& w, int64_t n,
+                                                     Configured& configured) {
   const bool alone = rows.groups.count == 1;
   const int64_t passes = (rows.groups.count + kGroupsTogether - 1) / kGroupsTogether;
-  Spans<C> spans(w, n, d, alone ? kTogether : kMaxSpan, passes);
-  Product<C> product(rows, spans, alone);
+  Spans<C> spans(w, n, rows.d, alone ? kTogether : kMaxSpan, passes);
+  Product<C> product(rows, spans, alone, configured);
   const int64_t block = C::adjust == Adjust::groups ? 0 : w.matrix->scale_columns / kStep;
   for (const Span* span = spans.first(); span; span = spans.next()) {
     block == 0 ? product.add_span(*span) : product.add_blocks(*span, block);
@@ -142,6 +142,14 @@ template <class C>
       store_transposed(rows, group, span->count, product.sums[group - product.begin(*span)], span->column);
     }
   }
+}
+
+template <class C>
+void multiply_quantized(const char* a, int64_t m, const Weights& w, int64_t n, int64_t d, void* c, int64_t ldc) {
+  const Rows rows{a, RowGroups(m, kMaxRows), d, static_cast<float*>(c), ldc};
+  if (trivial(rows, m, n)) return;
+  Configured configured;
+  multiply_strips<C>(rows, w, n, configured);
 }
 
 inline int64_t no_workspace(int64_t) { return 0; }
