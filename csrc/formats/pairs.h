@@ -2,6 +2,7 @@
 // decoded in the order of its elements that takes the fewest instructions; `pack` puts a step of x in the same one.
 #pragma once
 
+#include "orders.h"
 #include "quantized.h"
 
 namespace polymoe::POLYMOE_LEVEL {
@@ -15,20 +16,16 @@ struct Pairs {
   static X load(const char* p) { return _mm512_loadu_si512(p); }
   static void store(char* p, X x) { _mm512_storeu_si512(p, x); }
   static VF multiply_add(VF acc, X x, X w) { return {_mm512_dpbf16_ps(acc.v, __m512bh(x), __m512bh(w))}; }
-  static void pack(const bf16* p, char* out) { store(out, load(reinterpret_cast<const char*>(p))); }
 };
 
-// Word w of lane i of 128 bits is element 4 * w + i of a step.
-struct FourBits : Pairs {
-  static constexpr int bits = 4;
+template <class ORDER>
+struct PairsIn : Pairs {
+  using Order = ORDER;
+  static void pack(const bf16* p, char* out) { store(out, in_order<Order>(load(reinterpret_cast<const char*>(p)))); }
+};
 
-  static void pack(const bf16* p, char* out) {
-    const __m512i word =
-        _mm512_cvtepu8_epi16(_mm256_setr_epi8(0, 4, 8, 12, 16, 20, 24, 28, 1, 5, 9, 13, 17, 21, 25, 29, 2, 6, 10, 14,
-                                              18, 22, 26, 30, 3, 7, 11, 15, 19, 23, 27, 31));
-    store(out, _mm512_permutexvar_epi16(word, load(reinterpret_cast<const char*>(p))));
-  }
-
+// Codes of four bits, in quarters.
+struct FourBits : PairsIn<InQuarters> {
  protected:
   // The words of the table that the codes stand for. An index has five bits, of which the fifth is the next code's, and
   // so the table stands twice.
@@ -75,29 +72,17 @@ constexpr Tables<256> int4_tables() {
 constexpr Tables<256> kInt4 = int4_tables();
 
 template <>
-struct Mxfp4<Pairs> : FourBits {
-  static constexpr Adjust adjust = Adjust::groups;
+struct Mxfp4<Pairs> : FourBits, Mxfp4Layout {
   static X decode(const char* p, uint8_t below) { return look_up(p, kE2m1.of[below]); }
 };
 
 template <>
-struct Int4<Pairs> : FourBits {
-  static constexpr Adjust adjust = Adjust::blocks;
+struct Int4<Pairs> : FourBits, Int4Layout {
   static X decode(const char* p, uint8_t zero) { return look_up(p, kInt4.of[zero]); }
 };
 
-// Word 2 * i is element i of a step, and the word after it element 16 + i.
 template <>
-struct Int8<Pairs> : Pairs {
-  static constexpr int bits = 8;
-  static constexpr Adjust adjust = Adjust::none;
-
-  static void pack(const bf16* p, char* out) {
-    const __m512i word =
-        _mm512_cvtepu8_epi16(_mm256_setr_epi8(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23, 8, 24, 9, 25, 10,
-                                              26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31));
-    store(out, _mm512_permutexvar_epi16(word, load(reinterpret_cast<const char*>(p))));
-  }
+struct Int8<Pairs> : PairsIn<InHalves>, Int8Layout {
   // Eight bits as f32 are bf16 once the lower half, which is zero, is left out.
   static X decode(const char* p, uint8_t) {
     const __m128i* const halves = reinterpret_cast<const __m128i*>(p);
@@ -131,9 +116,7 @@ inline __m512i with_sign(__m512i magnitude, __m512i x) {
 }
 
 template <>
-struct Fp8<Pairs> : Pairs {
-  static constexpr int bits = 8;
-  static constexpr Adjust adjust = Adjust::none;
+struct Fp8<Pairs> : PairsIn<InOrder>, Fp8Layout {
   static X decode(const char* p, uint8_t) {
     const __m512i x = sign_extended_bytes(p);
     return with_sign(e4m3_magnitude(x), x);
@@ -141,9 +124,7 @@ struct Fp8<Pairs> : Pairs {
 };
 
 template <>
-struct Mxfp8<Pairs> : Pairs {
-  static constexpr int bits = 8;
-  static constexpr Adjust adjust = Adjust::groups;
+struct Mxfp8<Pairs> : PairsIn<InOrder>, Mxfp8Layout {
   static X decode(const char* p, uint8_t below) {
     const __m512i x = sign_extended_bytes(p), magnitude = e4m3_magnitude(x);
     const __mmask32 number = _mm512_cmpneq_epi16_mask(magnitude, _mm512_set1_epi16(0x7fff));

@@ -26,6 +26,16 @@ inline int64_t matrix_row(const Weights& w, int64_t j) {
   return j < w.split ? w.first_row + j * w.row_step : w.second_row + (j - w.split) * w.row_step;
 }
 
+// A row of the matrix, with its scales and zero points.
+struct MatrixRow {
+  const char *data, *scale, *zero;  // zero: null where there are no zero points
+
+  MatrixRow(const QuantizedMatrix& m, int64_t n)
+      : data(m.data + n * m.data_stride),
+        scale(m.scale + (n >> __builtin_ctzll(uint64_t(m.scale_rows))) * m.scale_stride),  // a power of two
+        zero(m.zero ? m.zero + n * m.zero_stride : nullptr) {}
+};
+
 // Powers of two that the groups of a block may differ by; groups further below count as that far below.
 constexpr int kSpread = 110;
 
@@ -212,6 +222,18 @@ inline void store_in_order(float* out, Wide::X x) {
 // What `adjust` of a row speaks of.
 enum class Adjust { none, groups, blocks };
 
+// How a family of formats is stored, whatever multiplies it.
+template <int BITS, Adjust ADJUST>
+struct Layout {
+  static constexpr int bits = BITS;
+  static constexpr Adjust adjust = ADJUST;
+};
+using Mxfp4Layout = Layout<4, Adjust::groups>;
+using Mxfp8Layout = Layout<8, Adjust::groups>;
+using Fp8Layout = Layout<8, Adjust::none>;
+using Int8Layout = Layout<8, Adjust::none>;
+using Int4Layout = Layout<4, Adjust::blocks>;
+
 template <class A>
 struct Mxfp4;
 template <class A>
@@ -224,9 +246,7 @@ template <class A>
 struct Int4;
 
 template <>
-struct Mxfp4<Wide> : Wide {
-  static constexpr int bits = 4;
-  static constexpr Adjust adjust = Adjust::groups;
+struct Mxfp4<Wide> : Wide, Mxfp4Layout {
   static X decode(const char* p, uint8_t below) {
     const Ints codes = bytes_at(p);
     const VF factor = set<VF>(kFactors.halved[below]);
@@ -235,9 +255,7 @@ struct Mxfp4<Wide> : Wide {
 };
 
 template <>
-struct Fp8<Wide> : Wide {
-  static constexpr int bits = 8;
-  static constexpr Adjust adjust = Adjust::none;
+struct Fp8<Wide> : Wide, Fp8Layout {
   static X decode(const char* p, uint8_t) {
     const Ints codes = words_at(p);
     return {e4m3(codes), e4m3(high_byte(codes))};
@@ -245,9 +263,7 @@ struct Fp8<Wide> : Wide {
 };
 
 template <>
-struct Mxfp8<Wide> : Wide {
-  static constexpr int bits = 8;
-  static constexpr Adjust adjust = Adjust::groups;
+struct Mxfp8<Wide> : Wide, Mxfp8Layout {
   static X decode(const char* p, uint8_t below) {
     const X x = Fp8<Wide>::decode(p, 0);
     const VF factor = set<VF>(kFactors.halved[below]);
@@ -256,9 +272,7 @@ struct Mxfp8<Wide> : Wide {
 };
 
 template <>
-struct Int8<Wide> : Wide {
-  static constexpr int bits = 8;
-  static constexpr Adjust adjust = Adjust::none;
+struct Int8<Wide> : Wide, Int8Layout {
   static X decode(const char* p, uint8_t) {
     const Ints codes = words_at(p);
     return {signed_low_byte(codes), signed_high_byte(codes)};
@@ -266,9 +280,7 @@ struct Int8<Wide> : Wide {
 };
 
 template <>
-struct Int4<Wide> : Wide {
-  static constexpr int bits = 4;
-  static constexpr Adjust adjust = Adjust::blocks;
+struct Int4<Wide> : Wide, Int4Layout {
   static X decode(const char* p, uint8_t zero) {
     const Ints codes = bytes_at(p);
     const VF offset = set<VF>(kFactors.integer[zero]);

@@ -46,7 +46,8 @@ inline float prepare_groups(const uint8_t* codes, uint8_t* below) {
 template <class C>
 void prepare_row(const QuantizedMatrix& m, int64_t n, int64_t d, int64_t blocks, float* multiplier, uint8_t* adjust,
                  const float*& multipliers, const uint8_t*& adjusts) {
-  const char* const scale = m.scale + (m.scale_rows == 1 ? n : n / m.scale_rows) * m.scale_stride;
+  const MatrixRow row(m, n);
+  const char* const scale = row.scale;
   multipliers = multiplier;
   adjusts = adjust;
   if (C::adjust == Adjust::groups) {
@@ -60,8 +61,8 @@ void prepare_row(const QuantizedMatrix& m, int64_t n, int64_t d, int64_t blocks,
     return;
   }
   if (C::adjust == Adjust::blocks) {
-    if (m.zero)
-      adjusts = reinterpret_cast<const uint8_t*>(m.zero + n * m.zero_stride);
+    if (row.zero)
+      adjusts = reinterpret_cast<const uint8_t*>(row.zero);
     else
       __builtin_memset(adjust, 8, size_t(blocks));
   }

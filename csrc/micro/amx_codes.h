@@ -11,23 +11,26 @@
 namespace polymoe::POLYMOE_LEVEL {
 namespace {
 
-// Of a step alone: every fourth element in a quarter of the line, since 16 bits of a row have four codes of four bits;
-// and the first and the second half in turn.
-struct InQuarters : InOrder {
-  static constexpr int element(int place) { return place % 8 * 4 + place / 8; }
-};
-struct InHalves : InOrder {
-  static constexpr int element(int place) { return place % 2 * 16 + place / 2; }
-};
-// The same quarters, but of kTogether steps as of one: each step is a quarter.
-struct InQuartersTogether : InQuarters {
-  static constexpr bool together = true;
-};
-
-template <class C>
-struct TileCodes;
+// Quarters of kTogether steps as of one: each step is a quarter.
+struct InQuartersTogether : InQuarters {};
+template <>
+constexpr bool together<InQuartersTogether> = true;
 
 inline __m512i broadcast_at(const uint32_t* p) { return _mm512_set1_epi32(int(*p)); }
+
+// Codes whose steps are decoded one by one.
+template <class C>
+struct TileCodes {
+  using Order = typename C::Order;
+
+  static __m512i decode(const char* p, const uint32_t* adjust) {
+    return C::decode(p, C::adjust == Adjust::none ? 0 : uint8_t(*adjust));
+  }
+  static void decode_together(const char* p, const uint32_t* adjust, char* out, int64_t stride) {
+#pragma GCC unroll 4
+    for (int s = 0; s < kTogether; ++s) Pairs::store(out + s * stride, decode(p + s * 4 * C::bits, adjust + s));
+  }
+};
 
 template <>
 struct TileCodes<Mxfp4<Pairs>> {
@@ -52,28 +55,6 @@ struct TileCodes<Mxfp4<Pairs>> {
     Pairs::store(out + stride, exact(_mm512_srli_epi16(codes, 4)));
     Pairs::store(out + 2 * stride, exact(_mm512_srli_epi16(codes, 8)));
     Pairs::store(out + 3 * stride, exact(_mm512_srli_epi16(codes, 12)));
-  }
-};
-
-template <>
-struct TileCodes<Int4<Pairs>> {
-  using Order = InQuarters;
-
-  static __m512i decode(const char* p, const uint32_t* zero) { return Int4<Pairs>::decode(p, uint8_t(*zero)); }
-  static void decode_together(const char* p, const uint32_t* zero, char* out, int64_t stride) {
-#pragma GCC unroll 4
-    for (int s = 0; s < kTogether; ++s) Pairs::store(out + s * stride, decode(p + 16 * s, zero + s));
-  }
-};
-
-template <>
-struct TileCodes<Int8<Pairs>> {
-  using Order = InHalves;
-
-  static __m512i decode(const char* p, const uint32_t*) { return Int8<Pairs>::decode(p, 0); }
-  static void decode_together(const char* p, const uint32_t* adjust, char* out, int64_t stride) {
-#pragma GCC unroll 4
-    for (int s = 0; s < kTogether; ++s) Pairs::store(out + s * stride, decode(p + 32 * s, adjust));
   }
 };
 
@@ -105,9 +86,9 @@ struct TileCodes<Fp8<Pairs>> {
   using Order = InOrder;
 
   static __m512i decode(const char* p, const uint32_t*) { return Fp8<Pairs>::decode(p, 0); }
-  static void decode_together(const char* p, const uint32_t*, char* out, int64_t stride) {
+  static void decode_together(const char* p, const uint32_t* adjust, char* out, int64_t stride) {
     decode_e4m3(
-        p, out, stride, [&](int s) { return decode(p + 32 * s, nullptr); },
+        p, out, stride, [&](int s) { return decode(p + 32 * s, adjust); },
         [](int) { return _mm512_set1_epi16(120 << 7); });
   }
 };

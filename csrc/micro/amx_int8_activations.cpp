@@ -82,12 +82,9 @@ struct Sixteen {
   const char *data[kTileRows], *scale[kTileRows], *zero[kTileRows];
 
   Sixteen(const Weights& w, int64_t column, int64_t count) {
-    const QuantizedMatrix& m = *w.matrix;
     for (int r = 0; r < kTileRows; ++r) {
-      const int64_t n = matrix_row(w, column + (r < count ? r : count - 1));
-      data[r] = m.data + n * m.data_stride;
-      scale[r] = m.scale + (m.scale_rows == 1 ? n : n / m.scale_rows) * m.scale_stride;
-      zero[r] = m.zero ? m.zero + n * m.zero_stride : nullptr;
+      const MatrixRow row(*w.matrix, matrix_row(w, column + (r < count ? r : count - 1)));
+      data[r] = row.data, scale[r] = row.scale, zero[r] = row.zero;
     }
   }
 };

@@ -7,8 +7,7 @@
 // are the left one, which gives C transposed. So both give the same bits.
 #pragma once
 
-#include <type_traits>
-
+#include "../formats/orders.h"
 #include "gemm_kernel.h"
 #include "simd.h"
 #include "tiles.h"
@@ -207,25 +206,15 @@ inline void store_transposed(const Rows& rows, int64_t group, int64_t count, con
 // Steps of A whose elements may change places with one another.
 constexpr int64_t kTogether = 4;
 
-// The element of a step of A at every place of its line. `together`: of kTogether whole steps every fourth element is a
-// step.
-struct InOrder {
-  static constexpr bool together = false;
-  static constexpr int element(int place) { return place; }
-};
-
+// An order of kTogether whole steps at once: `together` if step s of them is every fourth element from s on.
 template <class Order>
-inline __m512i elements_of_places() {
-  alignas(64) uint16_t element[kStep];
-  for (int i = 0; i < kStep; ++i) element[i] = uint16_t(Order::element(i));
-  return _mm512_load_si512(element);
-}
+constexpr bool together = false;
 
 // Step s of a row of d elements, in their order, zeros after the last one.
 template <class Order>
 [[gnu::always_inline]] inline __m512i load_step(const char* row, int64_t s, int64_t d) {
   const int64_t first = s / kTogether * kTogether;
-  if (Order::together && (first + kTogether) * kStep <= d) {
+  if (together<Order> && (first + kTogether) * kStep <= d) {
     // Word 4w + j of four lines: those of each 64 bits that are not j go.
     const char* const from = row + first * kLine;
     const __m128i shift = _mm_cvtsi64_si128((s - first) * 16);
@@ -237,7 +226,7 @@ template <class Order>
   }
   const int64_t left = d - s * kStep;
   const __m512i line = _mm512_maskz_loadu_epi16(left < kStep ? (1u << left) - 1 : ~0u, row + s * kLine);
-  return std::is_same_v<Order, InOrder> ? line : _mm512_permutexvar_epi16(elements_of_places<Order>(), line);
+  return in_order<Order>(line);
 }
 
 // Packs A as the right operand: a row of a tile has the same pair of every row of A.

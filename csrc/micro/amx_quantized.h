@@ -133,7 +133,7 @@ template <class C>
   const int64_t passes = (rows.groups.count + kGroupsTogether - 1) / kGroupsTogether;
   Spans<C> spans(w, n, rows.d, alone ? kTogether : kMaxSpan, passes);
   Product<C> product(rows, spans, alone, configured);
-  const int64_t block = C::adjust == Adjust::groups ? 0 : w.matrix->scale_columns / kStep;
+  const int64_t block = spans.block();
   for (const Span* span = spans.first(); span; span = spans.next()) {
     block == 0 ? product.add_span(*span) : product.add_blocks(*span, block);
     if (!span->last) continue;

@@ -48,20 +48,16 @@ class StripRows {
     const QuantizedMatrix& m = *matrix_;
     count_ = n - column < kStripRows ? n - column : kStripRows;
     steps_ = steps_of(d);
-    const int shared = __builtin_ctzll(uint64_t(m.scale_rows));  // a power of two
-    const auto scales_of = [&](int64_t row) { return m.scale + (row >> shared) * m.scale_stride; };
     for (int64_t r = 0; r < kStripRows; ++r) {
-      const int64_t row = matrix_row(w, column + (r < count_ ? r : count_ - 1));
-      data_[r] = m.data + row * m.data_stride;
-      scale_[r] = scales_of(row);
-      zero_[r] = m.zero ? m.zero + row * m.zero_stride : nullptr;
+      const MatrixRow row(m, matrix_row(w, column + (r < count_ ? r : count_ - 1)));
+      data_[r] = row.data, scale_[r] = row.scale, zero_[r] = row.zero;
     }
     ahead_ = scale_ahead_ = zero_ahead_ = 0;
     if (column + count_ < n) {
-      const int64_t next = matrix_row(w, column + count_);
-      ahead_ = m.data + next * m.data_stride - data_[0];
-      scale_ahead_ = scales_of(next) - scale_[0];
-      if (m.zero) zero_ahead_ = m.zero + next * m.zero_stride - zero_[0];
+      const MatrixRow next(m, matrix_row(w, column + count_));
+      ahead_ = next.data - data_[0];
+      scale_ahead_ = next.scale - scale_[0];
+      if (m.zero) zero_ahead_ = next.zero - zero_[0];
     } else if (w.next) {
       ahead_ = w.next - data_[0];
     }
@@ -182,6 +178,9 @@ class Spans {
   Spans(const Weights& w, int64_t n, int64_t d, int64_t span_steps, int64_t passes)
       : w_(w), n_(n), d_(d), span_steps_(span_steps), passes_(passes) {}
 
+  // Steps that a block takes whose sums are multiplied by scales of their own; 0: the sums are of whole rows.
+  int64_t block() const { return block_; }
+
   const Span* first() {
     aim();
     return next();
@@ -229,8 +228,6 @@ class Spans {
       return;
     }
     Span& span = span_[before == &span_[0] ? 1 : 0];
-    const int64_t block =
-        C::adjust == Adjust::groups || w_.matrix->scale_columns == 0 ? 0 : w_.matrix->scale_columns / kStep;
     if (!before || before->last) {
       const bool again = before && before->pass + 1 < passes_;
       span.pass = again ? before->pass + 1 : 0;
@@ -250,13 +247,13 @@ class Spans {
     span.multiplier = rows.multiplier();
     if (span.first % kPanelSteps == 0) {
       rows.prepare(span.first, adjust_);
-      if (block > 0) {
+      if (block_ > 0) {
         panel_ ^= 1;
         const int64_t of_panel = steps < kPanelSteps ? steps : kPanelSteps;
-        rows.factors(span.first / block, (of_panel + block - 1) / block, factor_[panel_]);
+        rows.factors(span.first / block_, (of_panel + block_ - 1) / block_, factor_[panel_]);
       }
     }
-    if (block > 0) span.factor = factor_[panel_] + span.first % kPanelSteps / block;
+    if (block_ > 0) span.factor = factor_[panel_] + span.first % kPanelSteps / block_;
     coming_ = &span;
     turn(span.first, span.lines);
     left_ = (span.steps + kTogether - 1) / kTogether * kStripRows;
@@ -294,6 +291,7 @@ class Spans {
 
   const Weights& w_;
   const int64_t n_, d_, span_steps_, passes_, whole_ = d_ / kStep;
+  const int64_t block_ = C::adjust == Adjust::groups ? 0 : w_.matrix->scale_columns / kStep;
   Span* coming_ = nullptr;
   int parity_ = 0, panel_ = 0;
   // What is decoded next: rows from data_[0] on, steps from at_ on, until left_ times a row are done.

@@ -89,10 +89,10 @@ class Stored {
     const QuantizedMatrix& m = *w.matrix;
     share_ = m.scale_columns ? m.scale_columns / kPiece : used_;
     for (int r = 0; r < kLanes; ++r) {
-      const int64_t n = matrix_row(w, column + (r < count ? r : count - 1));
-      row_[r] = m.data + n * m.data_stride;
-      scale_[r] = m.scale + n / m.scale_rows * m.scale_stride;
-      zero_[r] = m.zero ? m.zero + n * m.zero_stride : nullptr;
+      const MatrixRow row(m, matrix_row(w, column + (r < count ? r : count - 1)));
+      row_[r] = row.data;
+      scale_[r] = row.scale;
+      zero_[r] = row.zero;
       end_row_[r] = end_[r];
       if (used_ > whole_)
         __builtin_memcpy(end_[r], row_[r] + whole_ * piece_bytes, size_t((d % kPiece * C::bits + 7) / 8));

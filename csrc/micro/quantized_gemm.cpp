@@ -225,8 +225,8 @@ template <template <class> class Codec>
 void decode_elements(const QuantizedMatrix& m, int64_t n, int64_t begin, int64_t count, float* out) {
   using C = Codec<Wide>;
   constexpr int64_t step = Wide::step;
-  const char* const data = m.data + n * m.data_stride;
-  const char* const scales = m.scale + n / m.scale_rows * m.scale_stride;
+  const MatrixRow row(m, n);
+  const char *const data = row.data, *const scales = row.scale;
   const int64_t end = begin + count, share = m.scale_columns ? m.scale_columns : end;
   for (int64_t at = begin; at < end;) {
     const int64_t block = at / share, until = (block + 1) * share < end ? (block + 1) * share : end;
@@ -235,7 +235,7 @@ void decode_elements(const QuantizedMatrix& m, int64_t n, int64_t begin, int64_t
       scale = from_e8m0(uint8_t(scales[block]));
     else
       __builtin_memcpy(&scale, scales + block * 4, 4);
-    const uint8_t adjust = C::adjust != Adjust::blocks ? 0 : m.zero ? uint8_t(m.zero[n * m.zero_stride + block]) : 8;
+    const uint8_t adjust = C::adjust != Adjust::blocks ? 0 : row.zero ? uint8_t(row.zero[block]) : 8;
     const VF factor = set<VF>(scale);
     for (; at + step <= until; at += step, out += step) {
       const Wide::X x = C::decode(data + at * C::bits / 8, adjust);
