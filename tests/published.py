@@ -143,6 +143,15 @@ class Family:
     entries: dict[str, Any]  # of config.json, beside those of the model
 
 
+_LATENT_ATTENTION = {
+    "num_key_value_heads": 4,
+    "kv_lora_rank": 64,
+    "qk_nope_head_dim": 32,
+    "qk_rope_head_dim": 16,
+    "v_head_dim": 32,
+}
+
+
 def _v3_config() -> PreTrainedConfig:
     return DeepseekV3Config(
         **_COMMON,
@@ -154,12 +163,8 @@ def _v3_config() -> PreTrainedConfig:
         topk_group=1,
         n_shared_experts=1,
         first_k_dense_replace=1,
-        num_key_value_heads=4,
+        **_LATENT_ATTENTION,
         q_lora_rank=64,
-        kv_lora_rank=64,
-        qk_nope_head_dim=32,
-        qk_rope_head_dim=16,
-        v_head_dim=32,
     )
 
 
@@ -213,11 +218,7 @@ def _kimi_config() -> PreTrainedConfig:
         moe_intermediate_size=INTERMEDIATE,
         num_local_experts=EXPERTS,
         num_experts_per_tok=TOP_K,
-        num_key_value_heads=4,
-        kv_lora_rank=64,
-        qk_nope_head_dim=32,
-        qk_rope_head_dim=16,
-        v_head_dim=32,
+        **_LATENT_ATTENTION,
         linear_head_dim=32,
         linear_num_heads=4,
     )
