@@ -265,7 +265,6 @@ struct Pairs {
 // A block of weights on its way from columns of memory to products: panels by steps.
 constexpr int64_t kBlockPanels = 4;
 constexpr int64_t kFewRowsSteps = 4, kManyRowsSteps = 8;
-constexpr int64_t kResident = int64_t(1) << 20;  // bytes of A that the L2 cache holds beside what passes through it
 
 int64_t column_workspace(int64_t d) {
   const int64_t block = kBlockPanels * kManyRowsSteps * kPanelStep, panel = steps_of(d) * kPanelStep;
@@ -293,69 +292,33 @@ int64_t column_workspace(int64_t d) {
     }
 }
 
-// Cache lines of the block of columns that follows, so many rows of it in each step: one line in each panel.
-struct ColumnsAhead {
-  static constexpr int kMost = 32;
-  const char* at[kMost];
-  int count = 0;
-  int64_t stride;
-
-  [[gnu::always_inline]] void operator()(int64_t step, int part, int parts) const {
-    for (int i = count * part / parts; i < count * (part + 1) / parts; ++i)
-      __builtin_prefetch(at[i] + step * stride, 0, 2);
-  }
-};
-
-// The elements [0, d) of `panels` panels that a block will copy, asked for by `products` products of `steps` steps
-// each.
-struct NextBlock {
-  const char* w;  // or null
-  int64_t stride, panels, d, products, steps;
-
-  // What product number `product` asks for.
-  ColumnsAhead share(int64_t product) const {
-    ColumnsAhead ahead;
-    ahead.stride = stride;
-    if (!w) return ahead;
-    const int64_t rows = (d + products * steps - 1) / (products * steps);  // in each step
-    for (int64_t row = product * rows * steps, i = 0; i < rows && row < d; ++i, row += steps)
-      for (int64_t p = 0; p < panels && ahead.count < ColumnsAhead::kMost; ++p)
-        ahead.at[ahead.count++] = w + row * stride + p * kLine;
-    return ahead;
-  }
-};
-
 void multiply_columns(const char* a, int64_t m, const char* w, int64_t stride, int64_t n, int64_t d, char* workspace,
                       void* c, int64_t ldc) {
   const Rows rows{a, RowGroups(m, kMaxRows), d, static_cast<float*>(c), ldc};
   if (trivial(rows, m, n)) return;
   Configured configured;
-  // Few rows wait for memory, whoever asks; with many, the next block arrives during the products.
-  const bool many = rows.groups.count > 2;
-  const int64_t panels = n / kPanel, steps = many ? kManyRowsSteps : kFewRowsSteps, panel_bytes = steps * kPanelStep;
+  const int64_t panels = n / kPanel, steps = rows.groups.count > 2 ? kManyRowsSteps : kFewRowsSteps;
   const int64_t strips = (panels + kBlockPanels - 1) / kBlockPanels, blocks = (rows.steps() + steps - 1) / steps;
-  const int64_t per_strip = rows.small() ? 2 : 1;
-  // All strips take one slice of A after the other where its rows are too many for the L2 cache, and where they are
-  // few: then rows of W are read as runs through their pages.
-  const bool slices = !many || m * rows.steps() * kLine > kResident;
-  const auto block_at = [&](int64_t i) { return slices ? i / strips : i % blocks; };
-  const auto panel_at = [&](int64_t i) { return (slices ? i % strips : i / blocks) * kBlockPanels; };
-  const auto from = [&](int64_t i) { return w + block_at(i) * steps * kStep * stride + panel_at(i) * kLine; };
+  const int64_t panel_bytes = steps * kPanelStep, per_strip = rows.small() ? 2 : 1;
+  // All strips take one slice of A after the other: it stays in the caches, and rows of W are read as runs through
+  // their pages.
+  const auto from = [&](int64_t i) {
+    return w + i / strips * steps * kStep * stride + i % strips * kBlockPanels * kLine;
+  };
   for (int64_t i = 0; i < strips * blocks; ++i) {
-    const int64_t first = panel_at(i), taken = panels - first < kBlockPanels ? panels - first : kBlockPanels;
-    const int64_t begin = block_at(i) * steps, left = d - begin * kStep;
+    const int64_t first = i % strips * kBlockPanels,
+                  taken = panels - first < kBlockPanels ? panels - first : kBlockPanels;
+    const int64_t begin = i / strips * steps, left = d - begin * kStep;
     const int64_t elements = left < steps * kStep ? left : steps * kStep, count = steps_of(elements);
+    // Asked for during the products, the next block would take the fill buffers that tiles need.
     const char* const after = i + 1 < strips * blocks ? from(i + 1) : nullptr;
-    pack_block(from(i), stride, taken, elements, many ? nullptr : after, workspace, panel_bytes);
-    const int64_t products = (taken + per_strip - 1) / per_strip * rows.groups.count;
-    const NextBlock next{many ? after : nullptr, stride, taken, elements, products, count};
-    int64_t product = 0;
+    pack_block(from(i), stride, taken, elements, after, workspace, panel_bytes);
     for (int64_t p = 0; p < taken; p += per_strip) {
       const int together = int(taken - p < per_strip ? taken - p : per_strip);
       const char* const panel[2] = {workspace + p * panel_bytes, workspace + (p + 1) * panel_bytes};
       for (int64_t group = 0; group < rows.groups.count; ++group)
         multiply_panels(rows, group, panel, together, begin, count, rows.sums(group) + (first + p) * kPanel, ldc,
-                        configured, next.share(product++));
+                        configured, Nothing{});
     }
   }
   if (n % kPanel == 0) return;
