@@ -44,13 +44,14 @@ def test_weights_give_the_same_bits_however_they_lie(M: int, seed: int) -> None:
 
 def in_the_order_of_tiles(x: Tensor, name: str) -> Tensor:
     """The last dimension as a product with weights of a format takes it: for codes of four bits every fourth element of
-    128, or of what is left in 32, after the other; the halves of 32 in turn for bytes that are integers."""
+    128, or of what is left in 32, after the other; the halves of 32 in turn for bytes that are integers, and the even
+    ones of 32 before the odd ones for e4m3."""
     x = torch.nn.functional.pad(x, (0, -x.shape[-1] % 32))
     D, whole = x.shape[-1], x.shape[-1] // 128 * 128 if name == "mxfp4" else 0
     parts = torch.arange(whole).reshape(-1, 32, 4).mT, torch.arange(whole, D).reshape(-1, 32)
     if name == "mxfp4":
         return x[..., torch.cat([parts[0].flatten(), parts[1].reshape(-1, 8, 4).mT.flatten()])]
-    return x[..., parts[1].reshape(-1, 2, 16).mT.flatten()] if name == "int8" else x
+    return x[..., parts[1].reshape(-1, *((2, 16) if name == "int8" else (16, 2))).mT.flatten()]
 
 
 @pytest.mark.parametrize("M", [1, 2, 16, 17, 33, 300])

@@ -19,6 +19,9 @@ struct InQuarters {  // every fourth one in a quarter: 16 bits of a row have fou
 struct InHalves {  // of the first and of the second half in turn
   static constexpr int element(int place) { return place % 2 * 16 + place / 2; }
 };
+struct InParity {  // the even ones, then the odd ones
+  static constexpr int element(int place) { return place % 16 * 2 + place / 16; }
+};
 
 template <class Order>
 struct Places {

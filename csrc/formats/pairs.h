@@ -10,7 +10,8 @@ namespace {
 
 struct Pairs {
   using Packed = bf16;
-  static constexpr int step = 32;
+  static constexpr int step = 32, together = 2;
+  static constexpr bool decodes_two = false;
 
   using X = __m512i;
   static X load(const char* p) { return _mm512_loadu_si512(p); }
@@ -93,13 +94,32 @@ struct Int8<Pairs> : PairsIn<InHalves>, Int8Layout {
   }
 };
 
-inline __m512i sign_extended_bytes(const char* p) {
-  return _mm512_cvtepi8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+// Codes of e4m3, in the order of parity: `x` below has them sixteenfold, as signed words.
+inline __m512i sixteenfold(const char* p) {
+  const __m512i codes = _mm512_broadcast_i64x4(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+  const __m512i factors = _mm512_inserti64x4(_mm512_set1_epi16(0x0010), _mm256_set1_epi16(0x1000), 1);
+  return _mm512_maddubs_epi16(factors, codes);
 }
 
-// Magnitudes of e4m3 codes: bf16 bits without the sign; and 0x7fff for NaN. `x` has the codes sign-extended.
+// Whether none of the codes is zero, subnormal or a NaN.
+template <class... More>
+[[gnu::always_inline]] inline bool are_normal(__m512i codes, More... more) {
+  const auto above = [](__m512i x) {  // twice the magnitude, less twice that of the least normal number
+    return _mm512_sub_epi8(_mm512_add_epi8(x, x), _mm512_set1_epi8(2 * 0x08));
+  };
+  __m512i most = above(codes);
+  ((most = _mm512_max_epu8(most, above(more))), ...);
+  return _mm512_cmpgt_epu8_mask(most, _mm512_set1_epi8(char(2 * (0x7e - 0x08)))) == 0;
+}
+
+// Codes that are: their bits are moved to where bf16 has them, and `offset` is added to the exponents.
+inline __m512i normal_e4m3(__m512i x, __m512i offset) {
+  return _mm512_add_epi16(_mm512_and_si512(x, _mm512_set1_epi16(short(0x87f0))), offset);
+}
+
+// Any codes: bf16 bits without the sign; and 0x7fff for NaN.
 inline __m512i e4m3_magnitude(__m512i x) {
-  const __m512i code = _mm512_and_si512(_mm512_slli_epi16(x, 4), _mm512_set1_epi16(0x7f0));
+  const __m512i code = _mm512_and_si512(x, _mm512_set1_epi16(0x7f0));
   const __m512i normal = _mm512_add_epi16(code, _mm512_set1_epi16(120 << 7));
   // Subnormal codes and NaN are looked up: their low five bits are 0 to 7, and 31.
   const __m512i next = _mm512_and_si512(_mm512_add_epi16(code, _mm512_set1_epi16(0x10)), _mm512_set1_epi16(0x7f0));
@@ -108,25 +128,54 @@ inline __m512i e4m3_magnitude(__m512i x) {
       _mm512_inserti64x4(_mm512_castsi256_si512(_mm256_setr_epi16(0, 0x3b00, 0x3b80, 0x3bc0, 0x3c00, 0x3c20, 0x3c40,
                                                                   0x3c60, 0, 0, 0, 0, 0, 0, 0, 0)),
                          _mm256_setr_epi16(0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0x7fff), 1);
-  return _mm512_mask_permutexvar_epi16(normal, special, x, table);
+  return _mm512_mask_permutexvar_epi16(normal, special, _mm512_srli_epi16(x, 4), table);
 }
 
 inline __m512i with_sign(__m512i magnitude, __m512i x) {
   return _mm512_ternarylogic_epi32(magnitude, x, _mm512_set1_epi16(short(0x8000)), 0xf8);
 }
 
-template <>
-struct Fp8<Pairs> : PairsIn<InOrder>, Fp8Layout {
-  static X decode(const char* p, uint8_t) {
-    const __m512i x = sign_extended_bytes(p);
-    return with_sign(e4m3_magnitude(x), x);
+// Two steps are tested at once, since nearly all are normal.
+template <class C>
+struct E4m3 : PairsIn<InParity> {
+  static constexpr bool decodes_two = true;
+
+  static void decode_two(const char* p, uint8_t first, uint8_t second, X (&x)[2]) {
+    if (__builtin_expect(are_normal(load(p)), 1)) {
+      x[0] = normal_e4m3(sixteenfold(p), C::offset(first));
+      x[1] = normal_e4m3(sixteenfold(p + step), C::offset(second));
+    } else {
+      x[0] = C::decode(p, first);
+      x[1] = C::decode(p + step, second);
+    }
   }
 };
 
 template <>
-struct Mxfp8<Pairs> : PairsIn<InOrder>, Mxfp8Layout {
+struct Fp8<Pairs> : E4m3<Fp8<Pairs>>, Fp8Layout {
+  static X offset(uint8_t) { return _mm512_set1_epi16(120 << 7); }
+  static X decode(const char* p, uint8_t) {
+    const __m512i x = sixteenfold(p);
+    return with_sign(e4m3_magnitude(x), x);
+  }
+};
+
+// By powers of two below: what normal_e4m3 adds, twice.
+struct Offsets {
+  uint32_t of[kSpread + 1];
+};
+constexpr Offsets e4m3_offsets() {
+  Offsets o{};
+  for (int n = 0; n <= kSpread; ++n) o.of[n] = uint32_t(120 - n) * 0x00800080u;
+  return o;
+}
+constexpr Offsets kE4m3Offsets = e4m3_offsets();
+
+template <>
+struct Mxfp8<Pairs> : E4m3<Mxfp8<Pairs>>, Mxfp8Layout {
+  static X offset(uint8_t below) { return _mm512_set1_epi32(int(kE4m3Offsets.of[below])); }
   static X decode(const char* p, uint8_t below) {
-    const __m512i x = sign_extended_bytes(p), magnitude = e4m3_magnitude(x);
+    const __m512i x = sixteenfold(p), magnitude = e4m3_magnitude(x);
     const __mmask32 number = _mm512_cmpneq_epi16_mask(magnitude, _mm512_set1_epi16(0x7fff));
     const __m512i exponents = _mm512_set1_epi32(int(below * 0x00800080u));
     return with_sign(_mm512_mask_subs_epu16(magnitude, number, magnitude, exponents), x);

@@ -58,23 +58,13 @@ struct TileCodes<Mxfp4<Pairs>> {
   }
 };
 
-// e4m3: where no code of a row's steps is zero, subnormal or a NaN, bits move to their places, and a number is added to
-// the exponent. `offset(s)`: that number for step s, in bf16's bits.
+// e4m3: nearly always all codes of a row's steps are normal. `offset(s)`: what is then added for step s.
 template <class General, class Offset>
 [[gnu::always_inline]] inline void decode_e4m3(const char* p, char* out, int64_t stride, General&& general,
                                                Offset&& offset) {
-  const auto without_sign = [&](int line) {  // twice the magnitude, less twice that of the least normal number
-    const __m512i x = _mm512_loadu_si512(p + line * kLine);
-    return _mm512_sub_epi8(_mm512_add_epi8(x, x), _mm512_set1_epi8(16));
-  };
-  const __m512i most = _mm512_max_epu8(without_sign(0), without_sign(1));
-  if (__builtin_expect(_mm512_cmpgt_epu8_mask(most, _mm512_set1_epi8(char(2 * 0x7e - 16))) == 0, 1)) {
+  if (__builtin_expect(are_normal(_mm512_loadu_si512(p), _mm512_loadu_si512(p + kLine)), 1)) {
 #pragma GCC unroll 4
-    for (int s = 0; s < kTogether; ++s) {
-      const __m512i moved = _mm512_slli_epi16(sign_extended_bytes(p + 32 * s), 4);
-      const __m512i bits = _mm512_and_si512(moved, _mm512_set1_epi16(short(0x87f0)));
-      Pairs::store(out + s * stride, _mm512_add_epi16(bits, offset(s)));
-    }
+    for (int s = 0; s < kTogether; ++s) Pairs::store(out + s * stride, normal_e4m3(sixteenfold(p + 32 * s), offset(s)));
   } else {
 #pragma GCC unroll 4
     for (int s = 0; s < kTogether; ++s) Pairs::store(out + s * stride, general(s));
@@ -83,19 +73,18 @@ template <class General, class Offset>
 
 template <>
 struct TileCodes<Fp8<Pairs>> {
-  using Order = InOrder;
+  using Order = Fp8<Pairs>::Order;
 
   static __m512i decode(const char* p, const uint32_t*) { return Fp8<Pairs>::decode(p, 0); }
   static void decode_together(const char* p, const uint32_t* adjust, char* out, int64_t stride) {
     decode_e4m3(
-        p, out, stride, [&](int s) { return decode(p + 32 * s, adjust); },
-        [](int) { return _mm512_set1_epi16(120 << 7); });
+        p, out, stride, [&](int s) { return decode(p + 32 * s, adjust); }, [](int) { return Fp8<Pairs>::offset(0); });
   }
 };
 
 template <>
 struct TileCodes<Mxfp8<Pairs>> {
-  using Order = InOrder;
+  using Order = Mxfp8<Pairs>::Order;
 
   static __m512i adjust(__m512i below) { return _mm512_slli_epi16(_mm512_sub_epi16(_mm512_set1_epi16(120), below), 7); }
 

@@ -7,6 +7,8 @@
 //
 // For few rows of A a step of weights is decoded in registers where it is used. For more it is decoded into a panel
 // first, once for all rows. Both add the same numbers in the same order.
+#include <type_traits>
+
 #include "../formats/scales.h"
 #include "amx_gemm.h"
 #include "gemm_kernel.h"
@@ -41,17 +43,75 @@ struct Reduction {
   int tail;
 };
 
-// A row of weights, ready for a tile.
-struct Row {
-  const char* data;         // codes, or decoded elements
-  const uint8_t* adjust;    // by group or block, as the codec wants it
-  const float* multiplier;  // by block
+// Rows as far apart as one another: three addresses and the distance reach eight of them.
+template <class T>
+struct Rows {
+  const T *row0, *row3, *row6;
+  int64_t stride;
+
+  Rows() = default;
+  Rows(const T* first, int64_t stride) : Rows(first, first + 3 * stride, first + 6 * stride, stride) {}
+  Rows(const T* row0, const T* row3, const T* row6, int64_t stride)
+      : row0(row0), row3(row3), row6(row6), stride(stride) {}
+
+  Rows from(int64_t n) const { return {row0 + n, row3 + n, row6 + n, stride}; }
+  const T* operator[](int j) const {
+    switch (j) {
+      case 0:
+        return row0;
+      case 1:
+        return row0 + stride;
+      case 2:
+        return row0 + 2 * stride;
+      case 3:
+        return row3;
+      case 4:
+        return row0 + 4 * stride;
+      case 5:
+        return row3 + 2 * stride;
+      case 6:
+        return row6;
+      default:
+        return row3 + 4 * stride;
+    }
+  }
 };
 
-// Rows that the next tile will read; asked for while this one computes.
-struct Prefetch {
-  const char* row[kMaxColumns];
-  int count;
+// Rows of weights, ready for a tile.
+struct Columns {
+  Rows<char> data;                       // codes, or decoded elements
+  Rows<uint8_t> adjust;                  // by group or block, as the codec wants it
+  const float* multiplier[kMaxColumns];  // by block
+};
+
+// What the next tile will read, line by line; asked for while this one computes.
+class Prefetch {
+ public:
+  Prefetch() = default;
+  Prefetch(const char* rows, int64_t count, int64_t row_bytes, int64_t stride)
+      : at_(rows), stride_(stride), bytes_(row_bytes), rows_(count) {
+    if (stride == row_bytes) {
+      bytes_ *= count;
+      rows_ = 1;
+    }
+    end_ = at_ + bytes_;
+  }
+
+  // `lines` more, of one row.
+  void ask(int lines) {
+    if (at_ >= end_) return;
+#pragma GCC unroll 8
+    for (int i = 0; i < lines; ++i) __builtin_prefetch(at_ + i * kLine, 0, 2);
+    at_ += lines * kLine;
+    if (at_ < end_ || --rows_ <= 0) return;
+    at_ = end_ - bytes_ + stride_;
+    end_ += stride_;
+  }
+
+ private:
+  static constexpr int64_t kLine = 64;
+  const char *at_ = nullptr, *end_ = nullptr;
+  int64_t stride_ = 0, bytes_ = 0, rows_ = 0;
 };
 
 // Weights decoded where they are used.
@@ -59,21 +119,33 @@ template <class C>
 struct Decoded {
   static constexpr int64_t bytes = C::step * C::bits / 8;
   static constexpr int columns(int rows) { return kDecoded[rows - 1]; }
+  static constexpr int lines(int columns) { return int((columns * bytes + 63) / 64); }
 
-  static typename C::X load(const Row& row, int64_t s, int64_t block) {
-    return C::decode(row.data + s * bytes, adjust(row, s, block));
+  // Which `adjust` of a row step s has.
+  static int64_t adjust_at(int64_t s, int64_t block) {
+    return C::adjust == Adjust::groups ? s * C::step / kGroup : C::adjust == Adjust::blocks ? block : 0;
   }
-  static typename C::X load_tail(const Row& row, int64_t s, int64_t block, int tail) {
+  // COUNT steps of a row.
+  template <int COUNT>
+  static void load(const char* p, const uint8_t* adjust, typename C::X (&x)[COUNT]) {
+    constexpr int next = C::adjust == Adjust::groups;
+    if constexpr (COUNT == 1) {
+      x[0] = C::decode(p, adjust_of(adjust));
+    } else if constexpr (C::decodes_two) {
+      C::decode_two(p, adjust_of(adjust), adjust_of(adjust + next), x);
+    } else {
+      x[0] = C::decode(p, adjust_of(adjust));
+      x[1] = C::decode(p + bytes, adjust_of(adjust + next));
+    }
+  }
+  static typename C::X load_tail(const char* p, const uint8_t* adjust, int tail) {
     char last[bytes] = {};
-    __builtin_memcpy(last, row.data + s * bytes, size_t(tail * C::bits + 7) / 8);
-    return C::decode(last, adjust(row, s, block));
+    __builtin_memcpy(last, p, size_t(tail * C::bits + 7) / 8);
+    return C::decode(last, adjust_of(adjust));
   }
 
  private:
-  static uint8_t adjust(const Row& row, int64_t s, int64_t block) {
-    if (C::adjust == Adjust::groups) return row.adjust[s * C::step / kGroup];
-    return C::adjust == Adjust::blocks ? row.adjust[block] : 0;
-  }
+  static uint8_t adjust_of(const uint8_t* adjust) { return C::adjust == Adjust::none ? 0 : *adjust; }
 };
 
 // Weights in a panel, the tail as a whole step.
@@ -81,42 +153,71 @@ template <class A>
 struct Paneled {
   static constexpr int64_t bytes = A::step * sizeof(typename A::Packed);
   static constexpr int columns(int) { return kPanelColumns; }
+  static constexpr int lines(int) { return 2; }
 
-  static typename A::X load(const Row& row, int64_t s, int64_t) { return A::load(row.data + s * bytes); }
-  static typename A::X load_tail(const Row& row, int64_t s, int64_t block, int) { return load(row, s, block); }
+  static int64_t adjust_at(int64_t, int64_t) { return 0; }
+  template <int COUNT>
+  static void load(const char* p, const uint8_t*, typename A::X (&x)[COUNT]) {
+#pragma GCC unroll 2
+    for (int t = 0; t < COUNT; ++t) x[t] = A::load(p + t * bytes);
+  }
+  static typename A::X load_tail(const char* p, const uint8_t*, int) { return A::load(p); }
 };
 
-template <class A, class Source, int ROWS, int COLUMNS>
-void tile(const char* a, const Row* w, const Reduction& r, float* c, int64_t ldc, const Prefetch& next) {
+// Adds the products of COUNT steps from s on, which block b has.
+template <class A, class Source, int ROWS, int COLUMNS, int COUNT>
+[[gnu::always_inline]] inline void multiply_steps(const char* a, const Columns& w, int64_t s, int64_t b,
+                                                  VF (&acc)[ROWS * COLUMNS]) {
   constexpr int64_t x_bytes = A::step * sizeof(typename A::Packed);
-  constexpr int kSums = (ROWS * COLUMNS + 3) / 4 * 4;
+  const Rows<char> data = w.data.from(s * Source::bytes);
+  const Rows<uint8_t> adjust = w.adjust.from(Source::adjust_at(s, b));
+  typename A::X x[COUNT][ROWS];
+#pragma GCC unroll 2
+  for (int t = 0; t < COUNT; ++t)
+#pragma GCC unroll 4
+    for (int i = 0; i < ROWS; ++i) x[t][i] = A::load(a + ((s + t) * ROWS + i) * x_bytes);
+#pragma GCC unroll 8
+  for (int j = 0; j < COLUMNS; ++j) {
+    typename A::X wj[COUNT];
+    Source::template load<COUNT>(data[j], adjust[j], wj);
+#pragma GCC unroll 2
+    for (int t = 0; t < COUNT; ++t)
+#pragma GCC unroll 4
+      for (int i = 0; i < ROWS; ++i) acc[i * COLUMNS + j] = A::multiply_add(acc[i * COLUMNS + j], x[t][i], wj[t]);
+  }
+}
+
+template <class A, class Source, int ROWS, int COLUMNS>
+void tile(const char* a, const Columns& columns, const Reduction& r, float* c, int64_t ldc, Prefetch& fetch) {
+  constexpr int64_t x_bytes = A::step * sizeof(typename A::Packed);
+  constexpr int kSums = (ROWS * COLUMNS + 3) / 4 * 4, kLines = Source::lines(COLUMNS);
+  const Columns w = columns;
+  Prefetch next = fetch;
   VF total[kSums];
 #pragma GCC unroll 32
   for (VF& v : total) v = set<VF>(0);
 
   for (int64_t b = 0; b < r.blocks; ++b) {
     const int64_t begin = b * r.block, end = begin + r.block < r.whole ? begin + r.block : r.whole;
-    for (int i = 0; i < next.count; ++i)
-      for (int64_t line = (begin * Source::bytes + 63) & ~int64_t(63); line < end * Source::bytes; line += 64)
-        __builtin_prefetch(next.row[i] + line, 0, 2);
     VF acc[ROWS * COLUMNS];
 #pragma GCC unroll 32
     for (VF& v : acc) v = set<VF>(0);
-    for (int64_t s = begin; s < end; ++s) {
-      typename A::X x[ROWS];
-#pragma GCC unroll 4
-      for (int i = 0; i < ROWS; ++i) x[i] = A::load(a + (s * ROWS + i) * x_bytes);
-#pragma GCC unroll 8
-      for (int j = 0; j < COLUMNS; ++j) {
-        const typename A::X wj = Source::load(w[j], s, b);
-#pragma GCC unroll 4
-        for (int i = 0; i < ROWS; ++i) acc[i * COLUMNS + j] = A::multiply_add(acc[i * COLUMNS + j], x[i], wj);
+    int64_t s = begin;
+    if constexpr (A::together > 1)
+      for (; s + 2 <= end; s += 2) {
+        next.ask(kLines < 4 ? 2 * kLines : 8);
+        multiply_steps<A, Source, ROWS, COLUMNS, 2>(a, w, s, b, acc);
       }
+    for (; s < end; ++s) {
+      next.ask(kLines);
+      multiply_steps<A, Source, ROWS, COLUMNS, 1>(a, w, s, b, acc);
     }
     if (r.tail && b + 1 == r.blocks) {
+      const Rows<char> data = w.data.from(r.whole * Source::bytes);
+      const Rows<uint8_t> adjust = w.adjust.from(Source::adjust_at(r.whole, b));
 #pragma GCC unroll 8
       for (int j = 0; j < COLUMNS; ++j) {
-        const typename A::X wj = Source::load_tail(w[j], r.whole, b, r.tail);
+        const typename A::X wj = Source::load_tail(data[j], adjust[j], r.tail);
 #pragma GCC unroll 4
         for (int i = 0; i < ROWS; ++i)
           acc[i * COLUMNS + j] = A::multiply_add(acc[i * COLUMNS + j], A::load(a + (r.whole * ROWS + i) * x_bytes), wj);
@@ -124,11 +225,12 @@ void tile(const char* a, const Row* w, const Reduction& r, float* c, int64_t ldc
     }
 #pragma GCC unroll 8
     for (int j = 0; j < COLUMNS; ++j) {
-      const VF factor = set<VF>(w[j].multiplier[b]);
+      const VF factor = set<VF>(w.multiplier[j][b]);
 #pragma GCC unroll 4
       for (int i = 0; i < ROWS; ++i) total[i * COLUMNS + j] = fma(acc[i * COLUMNS + j], factor, total[i * COLUMNS + j]);
     }
   }
+  fetch = next;
 
   float sums[kSums];
 #pragma GCC unroll 8
@@ -137,7 +239,7 @@ void tile(const char* a, const Row* w, const Reduction& r, float* c, int64_t ldc
     for (int j = 0; j < COLUMNS; ++j) c[i * ldc + j] = sums[i * COLUMNS + j];
 }
 
-using Tile = void (*)(const char*, const Row*, const Reduction&, float*, int64_t, const Prefetch&);
+using Tile = void (*)(const char*, const Columns&, const Reduction&, float*, int64_t, Prefetch&);
 
 // The tile of `rows` rows by the full columns of its shape, or by one column.
 template <class A, class Source>
@@ -169,14 +271,29 @@ struct Workspace {
   }
 };
 
+// Row j of the columns into its panel.
 template <class A, class C>
-void decode_row(const Row& row, const Reduction& r, char* out) {
+void decode_row(const Columns& w, int j, const Reduction& r, char* out) {
   using Source = Decoded<C>;
+  const char* const data = w.data[j];
+  const uint8_t* const adjust = w.adjust[j];
+  const auto decode = [&](int64_t s, int64_t b, auto count) {
+    typename A::X x[count.value];
+    Source::template load<count.value>(data + s * Source::bytes, adjust + Source::adjust_at(s, b), x);
+#pragma GCC unroll 2
+    for (int t = 0; t < count.value; ++t) A::store(out + (s + t) * Paneled<A>::bytes, x[t]);
+  };
   for (int64_t b = 0; b < r.blocks; ++b) {
     const int64_t begin = b * r.block, end = begin + r.block < r.whole ? begin + r.block : r.whole;
-    for (int64_t s = begin; s < end; ++s) A::store(out + s * Paneled<A>::bytes, Source::load(row, s, b));
+    int64_t s = begin;
+    if constexpr (A::together > 1)
+      for (; s + 2 <= end; s += 2) decode(s, b, std::integral_constant<int, 2>());
+    for (; s < end; ++s) decode(s, b, std::integral_constant<int, 1>());
   }
-  if (r.tail) A::store(out + r.whole * Paneled<A>::bytes, Source::load_tail(row, r.whole, r.blocks - 1, r.tail));
+  if (r.tail)
+    A::store(
+        out + r.whole * Paneled<A>::bytes,
+        Source::load_tail(data + r.whole * Source::bytes, adjust + Source::adjust_at(r.whole, r.blocks - 1), r.tail));
 }
 
 template <class A, class C>
@@ -190,33 +307,37 @@ void multiply(const char* a, int64_t m, const Weights& w, int64_t n, int64_t d, 
   const int full = once ? kPanelColumns : kDecoded[groups.rows(0) - 1];
   const Workspace<A> space(d);
   const int64_t row_bytes = ((d + A::step - 1) / A::step) * Paneled<A>::bytes;
+  const int64_t apart = w.row_step * matrix.data_stride, code_bytes = (d * C::bits + 7) / 8;
+  const int64_t adjusts_apart =
+      C::adjust == Adjust::blocks && matrix.zero ? w.row_step * matrix.zero_stride : space.factors;
+  // Columns of a tile are rows of one run.
+  const auto columns_at = [&](int64_t j) { return (j < w.split && w.split < n ? w.split : n) - j >= full ? full : 1; };
 
   for (int64_t j0 = 0; j0 < n;) {
-    const bool is_full = n - j0 >= full;
-    const int columns = is_full ? full : 1;
-    const int64_t left = n - j0 - columns, ahead = left >= full ? full : left > 0 ? 1 : 0;
-    Row rows[kMaxColumns];
-    for (int j = 0; j < columns; ++j) {
-      const int64_t row = matrix_row(w, j0 + j);
-      rows[j].data = matrix.data + row * matrix.data_stride;
-      prepare_row<C>(matrix, row, d, r.blocks, space.multiplier(w.workspace, j), space.adjust(w.workspace, j),
-                     rows[j].multiplier, rows[j].adjust);
-      if (!once) continue;
-      char* const panel = space.panel(w.workspace, j);
-      decode_row<A, C>(rows[j], r, panel);
-      rows[j].data = panel;
+    const int columns = columns_at(j0);
+    Columns tile;
+    tile.data = {matrix.data + matrix_row(w, j0) * matrix.data_stride, apart};
+    const uint8_t* adjusts[kMaxColumns] = {};
+    for (int j = 0; j < columns; ++j)
+      prepare_row<C>(matrix, matrix_row(w, j0 + j), d, r.blocks, space.multiplier(w.workspace, j),
+                     space.adjust(w.workspace, j), tile.multiplier[j], adjusts[j]);
+    tile.adjust = {adjusts[0], adjusts_apart};
+    if (once) {
+      for (int j = 0; j < columns; ++j) decode_row<A, C>(tile, j, r, space.panel(w.workspace, j));
+      tile.data = {space.panel(w.workspace, 0), space.panel_row};
     }
-    Prefetch next{{}, 0};
-    if (!once)
-      for (int j = 0; j < ahead; ++j)
-        next.row[next.count++] = matrix.data + matrix_row(w, j0 + columns + j) * matrix.data_stride;
+    const int64_t after = j0 + columns;
+    const char* const ahead = after < n ? matrix.data + matrix_row(w, after) * matrix.data_stride : w.next;
+    Prefetch next;
+    if (ahead) next = {ahead, after < n ? columns_at(after) : full, code_bytes, apart};
     for (int64_t group = 0; group < groups.count; ++group) {
       const int count = groups.rows(group);
       const int64_t first = groups.first_row(group);
-      const Tile run = once ? tile_of<A, Paneled<A>>(count, is_full) : tile_of<A, Decoded<C>>(count, is_full);
-      run(a + first * row_bytes, rows, r, static_cast<float*>(c) + first * ldc + j0, ldc, next);
+      const Tile run =
+          once ? tile_of<A, Paneled<A>>(count, columns == full) : tile_of<A, Decoded<C>>(count, columns == full);
+      run(a + first * row_bytes, tile, r, static_cast<float*>(c) + first * ldc + j0, ldc, next);
     }
-    j0 += columns;
+    j0 = after;
   }
 }
 
