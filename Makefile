@@ -116,7 +116,8 @@ clean: ## remove everything built, but not .venv and .venv-peers
 # Instrumented builds live in build/<sanitizer>/, beside a copy of the package, and leave the ordinary build alone.
 # Leak detection is off: Python and torch keep memory until exit. UBSan needs no list of its own: the build stops at
 # the first report.
-SANITIZED_TESTS := $(addprefix tests/test_,$(addsuffix .py,gate plan dispatch grouped_mm activate combine experts))
+SANITIZED_TESTS := $(addprefix tests/test_,$(addsuffix .py,gate plan dispatch grouped_mm activate combine experts \
+  quantized_kernels amx))
 RUNTIME = $(shell g++ -print-file-name=$(1))
 
 sanitize: sanitize-address sanitize-thread ## AddressSanitizer and UBSan over the op tests, ThreadSanitizer over plan and experts

@@ -459,9 +459,9 @@ void multiply(const char* a, int64_t m, const Weights& w, int64_t n, int64_t d, 
 #endif
   if (decodes_once(m, kRows<C, GROUP>)) {
 #if defined(POLYMOE_LEVEL_AMX)
-    if constexpr (kTiles<C, GROUP> != nullptr)
-      if (tiles_serve<C, GROUP>(w, m, d))
-        return kTiles<C, GROUP>->multiply(rows, groups, m, w, n, d, c, ldc, multiply_columns<C, GROUP>);
+    const Int8Tiles* const tiles = kTiles<C, GROUP>;
+    if (tiles && tiles_serve<C, GROUP>(w, m, d))
+      return tiles->multiply(rows, groups, m, w, n, d, c, ldc, multiply_columns<C, GROUP>);
 #endif
     return multiply_panels<C, GROUP>(rows, groups, w, n, d, c, ldc);
   }
@@ -473,7 +473,7 @@ template <class C, int GROUP>
 int64_t workspace(int64_t d) {
   const Space space(d, GROUP * kPiece);
 #if defined(POLYMOE_LEVEL_AMX)
-  if constexpr (kTiles<C, GROUP> != nullptr) return space.bytes() + kTiles<C, GROUP>->workspace(space.pieces);
+  if (const Int8Tiles* const tiles = kTiles<C, GROUP>) return space.bytes() + tiles->workspace(space.pieces);
 #endif
   return space.bytes();
 }
