@@ -125,15 +125,18 @@ struct Product {
   }
 };
 
+// Short spans leave more of the L1 cache to sums and to A, long ones load and store the sums of a chain less often.
+inline int64_t span_steps(int64_t groups, int64_t block) { return block > 0 || groups <= 3 ? kTogether : kMaxSpan; }
+
 // Not a part of its caller, where tiles are released: no cleanup for exceptions, which there are none of, is wanted.
 template <class C>
 [[gnu::nothrow, gnu::noinline]] void multiply_strips(const Rows& rows, const Weights& w, int64_t n,
                                                      Configured& configured) {
   const bool alone = rows.groups.count == 1;
+  const int64_t block = block_steps<C>(w);
   const int64_t passes = (rows.groups.count + kGroupsTogether - 1) / kGroupsTogether;
-  Spans<C> spans(w, n, rows.d, alone ? kTogether : kMaxSpan, passes);
+  Spans<C> spans(w, n, rows.d, span_steps(rows.groups.count, block), passes);
   Product<C> product(rows, spans, alone, configured);
-  const int64_t block = spans.block();
   for (const Span* span = spans.first(); span; span = spans.next()) {
     block == 0 ? product.add_span(*span) : product.add_blocks(*span, block);
     if (!span->last) continue;

@@ -171,15 +171,18 @@ struct Span {
   }
 };
 
+// Steps that a block takes whose sums are multiplied by scales of their own; 0: the sums are of whole rows.
+template <class C>
+int64_t block_steps(const Weights& w) {
+  return C::adjust == Adjust::groups ? 0 : w.matrix->scale_columns / kStep;
+}
+
 // All spans of all strips, `passes` times each strip, decoded in turn.
 template <class C>
 class Spans {
  public:
   Spans(const Weights& w, int64_t n, int64_t d, int64_t span_steps, int64_t passes)
       : w_(w), n_(n), d_(d), span_steps_(span_steps), passes_(passes) {}
-
-  // Steps that a block takes whose sums are multiplied by scales of their own; 0: the sums are of whole rows.
-  int64_t block() const { return block_; }
 
   const Span* first() {
     aim();
@@ -291,7 +294,7 @@ class Spans {
 
   const Weights& w_;
   const int64_t n_, d_, span_steps_, passes_, whole_ = d_ / kStep;
-  const int64_t block_ = C::adjust == Adjust::groups ? 0 : w_.matrix->scale_columns / kStep;
+  const int64_t block_ = block_steps<C>(w_);
   Span* coming_ = nullptr;
   int parity_ = 0, panel_ = 0;
   // What is decoded next: rows from data_[0] on, steps from at_ on, until left_ times a row are done.
