@@ -22,6 +22,7 @@ from tests.gpu_offline.assembly import (
     amd_branch,
     amd_instructions,
     amd_load,
+    atomics,
     kinds,
     main_loop,
     sass_branch,
@@ -119,6 +120,24 @@ def test_widths_of_loads(read, opcode: str, width: str | None) -> None:
     assert read(opcode) == width
 
 
+@pytest.mark.parametrize(
+    ("opcode", "found"),
+    [
+        ("ATOMG.E.ADD.F32.FTZ.RN.STRONG.GPU", 1),
+        ("ATOM.E.ADD.STRONG.GPU", 1),
+        ("REDG.E.ADD.F32.FTZ.RN.STRONG.GPU", 1),
+        ("RED.E.ADD.STRONG.GPU", 1),
+        ("REDUX.SUM", 0),
+        ("ATOMS.POPC.INC.32", 0),
+        ("global_atomic_add_f32", 1),
+        ("buffer_atomic_pk_add_bf16", 1),
+        ("ds_add_u32", 0),
+    ],
+)
+def test_atomics_on_global_memory_are_found(opcode: str, found: int) -> None:
+    assert atomics([(0, opcode, "")]) == found
+
+
 GOOD = Facts(
     registers=128,
     shared=100_000,
@@ -143,6 +162,7 @@ GOOD = Facts(
         ({"matrix": {"HGMMA.64x128x16.F32.BF16": 4, "HGMMA.64x64x16.F32.BF16": 4}}, "more than one"),
         ({"loads": {"4": 3}}, "2 operands with descriptors"),
         ({"loop_loads": {"tma": 1, "4": 1}}, "loads of 4 bytes"),
+        ({"atomics": 1}, "1 atomic instructions"),
     ],
 )
 def test_complaints(change: dict, complaint: str | None) -> None:

@@ -37,6 +37,7 @@ AMD_KINDS = (
 # Branches without a condition, and ends; the instruction after them does not follow.
 ALWAYS = r"(BRA\S* 0x|(EXIT|RET)\S* (?!@)|s_branch |s_endpgm)"
 FMA = r"FFMA|v_(pk_|dual_)?fma"
+ATOMIC = r"ATOMG?\b|REDG?\b|(global|buffer|flat)_atomic"  # not in shared memory, where integers are counted
 MATRIX = {"sm": SASS_KINDS[0][1], "gfx": AMD_KINDS[0][1]}
 
 
@@ -54,6 +55,7 @@ class Facts:
     loads       global loads by bytes; "tma" for bulk copies
     loop        instructions of the main loop, by kind
     loop_loads  global loads of the main loop, as `loads`
+    atomics     atomic instructions on global memory; stored only where there are some
     """
 
     registers: int
@@ -64,9 +66,11 @@ class Facts:
     loads: dict[str, int] = field(default_factory=dict)
     loop: dict[str, int] = field(default_factory=dict)
     loop_loads: dict[str, int] = field(default_factory=dict)
+    atomics: int = 0
 
     def as_json(self) -> dict[str, Any]:
-        return asdict(self)
+        stored = asdict(self)
+        return stored if self.atomics else {name: value for name, value in stored.items() if name != "atomics"}
 
 
 def facts(kernel: CompiledKernel) -> Facts:
@@ -99,6 +103,7 @@ def _nvidia(cubin: bytes, shared: int) -> Facts:
         _count(code, sass_load),
         kinds(loop, SASS_KINDS),
         _count(loop, sass_load),
+        atomics(code),
     )
 
 
@@ -118,7 +123,12 @@ def _amd(listing: str, shared: int) -> Facts:
         _count(code, amd_load),
         kinds(loop, AMD_KINDS),
         _count(loop, amd_load),
+        atomics(code),
     )
+
+
+def atomics(code: Code) -> int:
+    return sum(re.match(ATOMIC, opcode) is not None for _, opcode, _ in code)
 
 
 def sass_instructions(listing: str) -> Code:

@@ -84,6 +84,8 @@ def complaints(name: str, arithmetic: str, described: int, target: str, facts: F
         found.append(f"{facts.spilled} spilled registers, {facts.local} bytes of local memory")
     if facts.shared > device.shared:
         found.append(f"{facts.shared} bytes of shared memory, of {device.shared}")
+    if facts.atomics:
+        found.append(f"{facts.atomics} atomic instructions, whose order is another in every run")
     instruction = INSTRUCTIONS[target][arithmetic] if name in PRODUCTS else None
     others = [opcode for opcode in facts.matrix if instruction is None or not re.fullmatch(instruction, opcode)]
     if others:
