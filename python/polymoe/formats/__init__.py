@@ -4,6 +4,9 @@ A class quantises and dequantises in plain PyTorch, on any device, and its docst
 
     weight = polymoe.formats.Mxfp4().quantize(dense)            # a Weight: data, scale, zero, format, N, D
     polymoe.formats.parse(weight.format).dequantize(weight)
+
+The CPU kernels multiply all of them as they are stored, also from a memory-mapped file: only dense weights are worth
+packing (`pack_`, and `polymoe.optimize` for a whole model), and quantised ones need no such step.
 """
 
 from polymoe.formats.fp8 import Fp8Block, Mxfp8
