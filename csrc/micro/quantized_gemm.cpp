@@ -20,6 +20,7 @@ namespace polymoe::POLYMOE_LEVEL {
 namespace {
 
 constexpr int kMaxColumns = 8;
+constexpr int64_t kLine = 64;
 
 // Tile shapes: columns for a group of 1, 2, 3, 4 rows, where weights are decoded in registers, and for any group, where
 // they lie in a panel. What is left over of a run of columns goes one by one.
@@ -82,44 +83,16 @@ struct Columns {
   Rows<char> data;                       // codes, or decoded elements
   Rows<uint8_t> adjust;                  // by group or block, as the codec wants it
   const float* multiplier[kMaxColumns];  // by block
-};
 
-// What the next tile will read, line by line; asked for while this one computes.
-class Prefetch {
- public:
-  Prefetch() = default;
-  Prefetch(const char* rows, int64_t count, int64_t row_bytes, int64_t stride)
-      : at_(rows), stride_(stride), bytes_(row_bytes), rows_(count) {
-    if (stride == row_bytes) {
-      bytes_ *= count;
-      rows_ = 1;
-    }
-    end_ = at_ + bytes_;
-  }
-
-  // `lines` more, of one row.
-  void ask(int lines) {
-    if (at_ >= end_) return;
-#pragma GCC unroll 8
-    for (int i = 0; i < lines; ++i) __builtin_prefetch(at_ + i * kLine, 0, 2);
-    at_ += lines * kLine;
-    if (at_ < end_ || --rows_ <= 0) return;
-    at_ = end_ - bytes_ + stride_;
-    end_ += stride_;
-  }
-
- private:
-  static constexpr int64_t kLine = 64;
-  const char *at_ = nullptr, *end_ = nullptr;
-  int64_t stride_ = 0, bytes_ = 0, rows_ = 0;
+  const char *next, *next_end;  // what the next panel is decoded from, asked for meanwhile
 };
 
 // Weights decoded where they are used.
 template <class C>
 struct Decoded {
   static constexpr int64_t bytes = C::step * C::bits / 8;
+  static constexpr int asks_for = 0;  // lines of what is decoded next, at each step
   static constexpr int columns(int rows) { return kDecoded[rows - 1]; }
-  static constexpr int lines(int columns) { return int((columns * bytes + 63) / 64); }
 
   // Which `adjust` of a row step s has.
   static int64_t adjust_at(int64_t s, int64_t block) {
@@ -152,8 +125,8 @@ struct Decoded {
 template <class A>
 struct Paneled {
   static constexpr int64_t bytes = A::step * sizeof(typename A::Packed);
+  static constexpr int asks_for = 2;
   static constexpr int columns(int) { return kPanelColumns; }
-  static constexpr int lines(int) { return 2; }
 
   static int64_t adjust_at(int64_t, int64_t) { return 0; }
   template <int COUNT>
@@ -171,6 +144,12 @@ template <class A, class Source, int ROWS, int COLUMNS, int COUNT>
   constexpr int64_t x_bytes = A::step * sizeof(typename A::Packed);
   const Rows<char> data = w.data.from(s * Source::bytes);
   const Rows<uint8_t> adjust = w.adjust.from(Source::adjust_at(s, b));
+  if constexpr (Source::asks_for > 0) {
+    const char* const next = w.next + s * Source::asks_for * kLine;
+    if (next < w.next_end)
+#pragma GCC unroll 4
+      for (int i = 0; i < COUNT * Source::asks_for; ++i) __builtin_prefetch(next + i * kLine, 0, 2);
+  }
   typename A::X x[COUNT][ROWS];
 #pragma GCC unroll 2
   for (int t = 0; t < COUNT; ++t)
@@ -187,12 +166,12 @@ template <class A, class Source, int ROWS, int COLUMNS, int COUNT>
   }
 }
 
+// The columns of C are `apart` elements from one another.
 template <class A, class Source, int ROWS, int COLUMNS>
-void tile(const char* a, const Columns& columns, const Reduction& r, float* c, int64_t ldc, Prefetch& fetch) {
+void tile(const char* a, const Columns& columns, const Reduction& r, float* c, int64_t ldc, int64_t apart) {
   constexpr int64_t x_bytes = A::step * sizeof(typename A::Packed);
-  constexpr int kSums = (ROWS * COLUMNS + 3) / 4 * 4, kLines = Source::lines(COLUMNS);
+  constexpr int kSums = (ROWS * COLUMNS + 3) / 4 * 4;
   const Columns w = columns;
-  Prefetch next = fetch;
   VF total[kSums];
 #pragma GCC unroll 32
   for (VF& v : total) v = set<VF>(0);
@@ -205,11 +184,9 @@ void tile(const char* a, const Columns& columns, const Reduction& r, float* c, i
     int64_t s = begin;
     if constexpr (A::together > 1)
       for (; s + 2 <= end; s += 2) {
-        next.ask(kLines < 4 ? 2 * kLines : 8);
         multiply_steps<A, Source, ROWS, COLUMNS, 2>(a, w, s, b, acc);
       }
     for (; s < end; ++s) {
-      next.ask(kLines);
       multiply_steps<A, Source, ROWS, COLUMNS, 1>(a, w, s, b, acc);
     }
     if (r.tail && b + 1 == r.blocks) {
@@ -230,16 +207,15 @@ void tile(const char* a, const Columns& columns, const Reduction& r, float* c, i
       for (int i = 0; i < ROWS; ++i) total[i * COLUMNS + j] = fma(acc[i * COLUMNS + j], factor, total[i * COLUMNS + j]);
     }
   }
-  fetch = next;
 
   float sums[kSums];
 #pragma GCC unroll 8
   for (int q = 0; q < ROWS * COLUMNS; q += 4) sum4(sums + q, total[q], total[q + 1], total[q + 2], total[q + 3]);
   for (int i = 0; i < ROWS; ++i)
-    for (int j = 0; j < COLUMNS; ++j) c[i * ldc + j] = sums[i * COLUMNS + j];
+    for (int j = 0; j < COLUMNS; ++j) c[i * ldc + j * apart] = sums[i * COLUMNS + j];
 }
 
-using Tile = void (*)(const char*, const Columns&, const Reduction&, float*, int64_t, Prefetch&);
+using Tile = void (*)(const char*, const Columns&, const Reduction&, float*, int64_t, int64_t);
 
 // The tile of `rows` rows by the full columns of its shape, or by one column.
 template <class A, class Source>
@@ -296,6 +272,43 @@ void decode_row(const Columns& w, int j, const Reduction& r, char* out) {
         Source::load_tail(data + r.whole * Source::bytes, adjust + Source::adjust_at(r.whole, r.blocks - 1), r.tail));
 }
 
+// Columns of C that a tile takes.
+struct Taken {
+  int64_t first, apart;
+  int count;
+};
+
+// The columns of a run, [begin, end), for tiles of `full` columns: side by side, or as far apart as can be. What is
+// left over goes one by one.
+struct Run {
+  int64_t begin, end, full, tiles, apart;
+
+  Run(int64_t begin, int64_t end, int full, bool side_by_side)
+      : begin(begin), end(end), full(full), tiles((end - begin) / full), apart(side_by_side ? 1 : tiles) {}
+
+  int64_t count() const { return tiles + (end - begin) % full; }
+  Taken operator[](int64_t i) const {
+    if (i < tiles) return {begin + (apart == 1 ? i * full : i), apart, int(full)};
+    return {begin + tiles * full + i - tiles, 1, 1};
+  }
+};
+
+// The rows of weights that these columns are, and their scales.
+template <class A, class C>
+Columns columns_of(const Weights& w, const Taken& taken, int64_t d, int64_t blocks, const Workspace<A>& space) {
+  const QuantizedMatrix& m = *w.matrix;
+  const int64_t apart = taken.apart * w.row_step;
+  Columns columns;
+  columns.data = {m.data + matrix_row(w, taken.first) * m.data_stride, apart * m.data_stride};
+  columns.next = columns.next_end = columns.data.row0;
+  const uint8_t* adjusts[kMaxColumns];
+  for (int j = 0; j < taken.count; ++j)
+    prepare_row<C>(m, matrix_row(w, taken.first + j * taken.apart), d, blocks, space.multiplier(w.workspace, j),
+                   space.adjust(w.workspace, j), columns.multiplier[j], adjusts[j]);
+  columns.adjust = {adjusts[0], C::adjust == Adjust::blocks && m.zero ? apart * m.zero_stride : space.factors};
+  return columns;
+}
+
 template <class A, class C>
 void multiply(const char* a, int64_t m, const Weights& w, int64_t n, int64_t d, void* c, int64_t ldc) {
   const RowGroups groups(m, kMaxRows);
@@ -307,38 +320,38 @@ void multiply(const char* a, int64_t m, const Weights& w, int64_t n, int64_t d, 
   const int full = once ? kPanelColumns : kDecoded[groups.rows(0) - 1];
   const Workspace<A> space(d);
   const int64_t row_bytes = ((d + A::step - 1) / A::step) * Paneled<A>::bytes;
-  const int64_t apart = w.row_step * matrix.data_stride, code_bytes = (d * C::bits + 7) / 8;
-  const int64_t adjusts_apart =
-      C::adjust == Adjust::blocks && matrix.zero ? w.row_step * matrix.zero_stride : space.factors;
-  // Columns of a tile are rows of one run.
-  const auto columns_at = [&](int64_t j) { return (j < w.split && w.split < n ? w.split : n) - j >= full ? full : 1; };
+  // Rows that are decoded where they are used wait for memory, which is read the fastest as a few long streams; those
+  // of a panel are decoded one after the other.
+  const auto run_from = [&](int64_t begin) {
+    return Run(begin, begin < w.split && w.split < n ? w.split : n, full, once);
+  };
+  const auto row_at = [&](int64_t column) { return matrix.data + matrix_row(w, column) * matrix.data_stride; };
 
-  for (int64_t j0 = 0; j0 < n;) {
-    const int columns = columns_at(j0);
-    Columns tile;
-    tile.data = {matrix.data + matrix_row(w, j0) * matrix.data_stride, apart};
-    const uint8_t* adjusts[kMaxColumns] = {};
-    for (int j = 0; j < columns; ++j)
-      prepare_row<C>(matrix, matrix_row(w, j0 + j), d, r.blocks, space.multiplier(w.workspace, j),
-                     space.adjust(w.workspace, j), tile.multiplier[j], adjusts[j]);
-    tile.adjust = {adjusts[0], adjusts_apart};
-    if (once) {
-      for (int j = 0; j < columns; ++j) decode_row<A, C>(tile, j, r, space.panel(w.workspace, j));
-      tile.data = {space.panel(w.workspace, 0), space.panel_row};
+  for (Run run = run_from(0); run.begin < n; run = run_from(run.end))
+    for (int64_t i = 0; i < run.count(); ++i) {
+      const Taken taken = run[i];
+      Columns columns = columns_of<A, C>(w, taken, d, r.blocks, space);
+      if (once) {
+        for (int j = 0; j < taken.count; ++j) decode_row<A, C>(columns, j, r, space.panel(w.workspace, j));
+        columns.data = {space.panel(w.workspace, 0), space.panel_row};
+        const char* const next = i + 1 < run.count() ? row_at(run[i + 1].first)
+                                 : run.end < n       ? row_at(run.end)
+                                                     : w.next;
+        if (next) {
+          columns.next = next;
+          columns.next_end = next + taken.count * w.row_step * matrix.data_stride;
+        }
+      }
+      for (int64_t group = 0; group < groups.count; ++group) {
+        const int count = groups.rows(group);
+        const int64_t first = groups.first_row(group);
+        const bool is_full = taken.count == full;
+        const Tile product = once ? tile_of<A, Paneled<A>>(count, is_full) : tile_of<A, Decoded<C>>(count, is_full);
+        product(a + first * row_bytes, columns, r, static_cast<float*>(c) + first * ldc + taken.first, ldc,
+                taken.apart);
+        columns.next += r.whole * Paneled<A>::asks_for * kLine;
+      }
     }
-    const int64_t after = j0 + columns;
-    const char* const ahead = after < n ? matrix.data + matrix_row(w, after) * matrix.data_stride : w.next;
-    Prefetch next;
-    if (ahead) next = {ahead, after < n ? columns_at(after) : full, code_bytes, apart};
-    for (int64_t group = 0; group < groups.count; ++group) {
-      const int count = groups.rows(group);
-      const int64_t first = groups.first_row(group);
-      const Tile run =
-          once ? tile_of<A, Paneled<A>>(count, columns == full) : tile_of<A, Decoded<C>>(count, columns == full);
-      run(a + first * row_bytes, tile, r, static_cast<float*>(c) + first * ldc + j0, ldc, next);
-    }
-    j0 = after;
-  }
 }
 
 // Elements [begin, begin + count) of row n, code times scale; `begin` is the first of a step.
