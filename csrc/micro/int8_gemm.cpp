@@ -425,7 +425,9 @@ void multiply_panels(const Piece* a, const RowGroups& groups, const Weights& w, 
 }
 
 #if defined(POLYMOE_LEVEL_AMX)
-// What many rows are left to, or null.
+// What many rows are left to.
+template <class C, int GROUP>
+constexpr bool kHasTiles = GROUP == 4 || C::bits == 8;
 template <class C, int GROUP>
 constexpr const Int8Tiles* kTiles = nullptr;
 template <>
@@ -459,9 +461,9 @@ void multiply(const char* a, int64_t m, const Weights& w, int64_t n, int64_t d, 
 #endif
   if (decodes_once(m, kRows<C, GROUP>)) {
 #if defined(POLYMOE_LEVEL_AMX)
-    const Int8Tiles* const tiles = kTiles<C, GROUP>;
-    if (tiles && tiles_serve<C, GROUP>(w, m, d))
-      return tiles->multiply(rows, groups, m, w, n, d, c, ldc, multiply_columns<C, GROUP>);
+    if constexpr (kHasTiles<C, GROUP>)
+      if (tiles_serve<C, GROUP>(w, m, d))
+        return kTiles<C, GROUP>->multiply(rows, groups, m, w, n, d, c, ldc, multiply_columns<C, GROUP>);
 #endif
     return multiply_panels<C, GROUP>(rows, groups, w, n, d, c, ldc);
   }
@@ -473,7 +475,7 @@ template <class C, int GROUP>
 int64_t workspace(int64_t d) {
   const Space space(d, GROUP * kPiece);
 #if defined(POLYMOE_LEVEL_AMX)
-  if (const Int8Tiles* const tiles = kTiles<C, GROUP>) return space.bytes() + tiles->workspace(space.pieces);
+  if constexpr (kHasTiles<C, GROUP>) return space.bytes() + kTiles<C, GROUP>->workspace(space.pieces);
 #endif
   return space.bytes();
 }
