@@ -165,6 +165,32 @@ def test_gradients_reach_behind_quantised_layers(tmp_path: Path) -> None:
     assert (found[0] - found[1]).norm() < 1e-3 * found[1].norm()
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_autocast(family: str, tmp_path: Path) -> None:
+    """To the bit what rows that were cast before give, with the same float32 routing weights; experts return the dtype
+    that came, linear layers that of autocast, as torch's do."""
+    published.write(tmp_path, family)
+    model = load(tmp_path)
+    layers = (quantized.Linear, quantized.GroupedLinear)
+    seen: list[tuple[nn.Module, tuple[Tensor, ...]]] = []
+    watched = [m for name, m in model.named_modules() if name.endswith(".experts") or isinstance(m, layers)]
+    for module in watched:
+        module.register_forward_pre_hook(lambda module, given: seen.append((module, given)))
+    with torch.no_grad():
+        model(torch.randint(published.VOCAB, (2, 6)))
+        calls = list(seen)
+        assert {module for module, _ in calls} == set(watched)
+        for module, (x, *routed) in calls:
+            want = module(x.bfloat16(), *routed)
+            with torch.autocast("cpu", torch.bfloat16):
+                got = module(x, *routed)
+            assert x.dtype == torch.float32
+            assert want.dtype == torch.bfloat16
+            assert_same_bits(got, want if isinstance(module, layers) else want.float(), type(module).__name__)
+        with torch.autocast("cpu", torch.bfloat16):
+            assert model(torch.zeros(1, 3, dtype=torch.int64)).logits.isfinite().all()
+
+
 def test_optimize_leaves_quantised_experts_alone(tmp_path: Path) -> None:
     published.write(tmp_path, "deepseek_v4")
     model = load(tmp_path, torch.bfloat16)

@@ -170,11 +170,15 @@ def experts_forward(self: ExpertsModule, hidden_states: Tensor, top_k_index: Ten
 def _autocast(projection: Projection) -> Projection:
     """The projection in the dtype of autocast, where that is on; not in float64, which autocast leaves alone."""
     weight, bias, packed = projection
-    device = weight.device.type
-    if packed is not None or device == "meta" or not torch.is_autocast_enabled(device) or weight.dtype == torch.float64:
+    if packed is not None or not _autocasts(weight):
         return projection
-    dtype = torch.get_autocast_dtype(device)
+    dtype = torch.get_autocast_dtype(weight.device.type)
     return Projection(_cast(weight, dtype), None if bias is None else _cast(bias, dtype), None)
+
+
+def _autocasts(tensor: Tensor) -> bool:
+    device = tensor.device.type
+    return device != "meta" and torch.is_autocast_enabled(device) and tensor.dtype != torch.float64
 
 
 def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
