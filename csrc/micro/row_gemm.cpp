@@ -18,30 +18,29 @@ constexpr int kMaxRows = 6, kVectors = 2;
 constexpr int kMaxRows = 2, kVectors = 1;
 #endif
 
-// What a tile asks for while it computes: cache lines, row by row of a later strip of W.
+// What the row groups of a strip ask for while they compute: cache lines, row by row of a later strip of W.
 struct Fetch {
   static constexpr int64_t line = 64, one = 256;
   const char* row;
   int64_t stride, row_bytes;
-  int64_t at;        // of the next line in its row
-  int64_t per_step;  // in parts of `one`
+  int64_t per_step;         // in parts of `one`
+  int64_t at = 0, due = 0;  // of the next line in its row, and what of it has become due
 
-  // Share `index` of `count` even ones of the lines of `steps` rows; none where `row` is null.
-  Fetch(const char* rows, int64_t stride, int64_t row_bytes, int64_t steps, int64_t index, int64_t count)
-      : stride(stride), row_bytes(row_bytes) {
-    const int64_t per_row = (row_bytes + line - 1) / line, all = rows ? steps * per_row : 0,
-                  first = all * index / count;
-    row = rows + first / per_row * stride;
-    at = first % per_row * line;
-    per_step = steps ? ((all * (index + 1) / count - first) * one + steps - 1) / steps : 0;
+  // The lines of `count` rows in `steps` steps of all groups; none where `rows` is null.
+  Fetch(const char* rows, int64_t stride, int64_t row_bytes, int64_t count, int64_t steps)
+      : row(rows), stride(stride), row_bytes(row_bytes) {
+    const int64_t all = rows ? count * ((row_bytes + line - 1) / line) : 0;
+    per_step = steps ? (all * one + steps - 1) / steps : 0;
   }
 
-  void ask() {
-    __builtin_prefetch(row + at, 0, 2);
-    at += line;
-    if (at < row_bytes) return;
-    at = 0;
-    row += stride;
+  void step() {
+    for (due += per_step; due >= one; due -= one) {
+      __builtin_prefetch(row + at, 0, 2);
+      at += line;
+      if (at < row_bytes) continue;
+      at = 0;
+      row += stride;
+    }
   }
 };
 
@@ -72,14 +71,13 @@ constexpr int64_t kStrip = kVectors * Compute<T>::Vector::width;
 
 template <class T, int ROWS, int VECTORS, class Part>
 void tile(const typename Compute<T>::Value* a, const Strip<T>& strip, int64_t steps, bool add,
-          const Sums<typename Compute<T>::Value>& sums, Fetch fetch, Part part) {
+          const Sums<typename Compute<T>::Value>& sums, Fetch& fetch, Part part) {
   using V = typename Compute<T>::Vector;
   V acc[ROWS * VECTORS];
 #pragma GCC unroll 32
   for (V& v : acc) v = set<V>(0);
   const T* row = strip.w;
   auto* copy = strip.copy;
-  int64_t due = 0;
   for (int64_t k = 0; k < steps; ++k, row += strip.stride) {
     V x[VECTORS];
 #pragma GCC unroll 4
@@ -89,7 +87,7 @@ void tile(const typename Compute<T>::Value* a, const Strip<T>& strip, int64_t st
       for (int v = 0; v < VECTORS; ++v) store(copy + v * V::width, x[v]);
       copy += kStrip<T>;
     }
-    for (due += fetch.per_step; due >= Fetch::one; due -= Fetch::one) fetch.ask();
+    fetch.step();
 #pragma GCC unroll 8
     for (int i = 0; i < ROWS; ++i) {
       const V factor = set<V>(a[k * ROWS + i]);
@@ -112,7 +110,7 @@ void tile(const typename Compute<T>::Value* a, const Strip<T>& strip, int64_t st
 
 template <class T, int VECTORS, class Part>
 void tile_of(int rows, const typename Compute<T>::Value* a, const Strip<T>& strip, int64_t steps, bool add,
-             const Sums<typename Compute<T>::Value>& sums, const Fetch& fetch, Part part) {
+             const Sums<typename Compute<T>::Value>& sums, Fetch& fetch, Part part) {
   switch (rows) {
     case 1:
       return tile<T, 1, VECTORS>(a, strip, steps, add, sums, fetch, part);
@@ -139,7 +137,8 @@ struct Rows {
 
 // All row groups times one strip of VECTORS vectors, of rows [begin, begin + steps) of W. The first group reads W and
 // leaves a copy for the others, widened and dense: rows of W a power of two apart would fall into a few sets of the L1
-// cache. Every group asks for a share of what is `ahead`.
+// cache. Together they ask for what is `ahead`, whose share is not worked out again for every tile: a tile of dW is
+// short.
 template <int VECTORS, class T, class Part>
 void multiply_strip(const Rows<T>& rows, Strip<T> strip, int64_t begin, int64_t steps,
                     const Sums<typename Compute<T>::Value>& sums, const char* ahead, Part part) {
@@ -147,11 +146,11 @@ void multiply_strip(const Rows<T>& rows, Strip<T> strip, int64_t begin, int64_t 
   const int64_t count = rows.groups.count, stride = strip.stride * int64_t(sizeof(T));
   const Strip<typename Compute<T>::Value> dense{strip.copy, kStrip<T>, nullptr};
   if (count == 1) strip.copy = nullptr;
+  Fetch fetch(ahead, stride, VECTORS * V::width * int64_t(sizeof(T)), steps, steps * count);
   for (int64_t group = 0; group < count; ++group) {
     const int64_t first = rows.groups.first_row(group);
     const int taken = rows.groups.rows(group);
     const auto* const a = rows.a + first * rows.d + begin * taken;
-    const Fetch fetch(ahead, stride, VECTORS * V::width * int64_t(sizeof(T)), steps, group, count);
     if (group == 0)
       tile_of<T, VECTORS>(taken, a, strip, steps, begin != 0, sums.at(first, 0), fetch, part);
     else
