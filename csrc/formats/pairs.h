@@ -10,7 +10,7 @@ namespace {
 
 struct Pairs {
   using Packed = bf16;
-  static constexpr int step = 32, together = 2;
+  static constexpr int step = 32, at_once = 2;
   static constexpr bool decodes_two = false;
 
   using X = __m512i;
@@ -94,6 +94,9 @@ struct Int8<Pairs> : PairsIn<InHalves>, Int8Layout {
   }
 };
 
+// From the bias of e4m3's exponents to that of bf16's.
+constexpr int kRebias = 127 - 7;
+
 // Codes of e4m3, in the order of parity: `x` below has them sixteenfold, as signed words.
 inline __m512i sixteenfold(const char* p) {
   const __m512i codes = _mm512_broadcast_i64x4(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
@@ -120,7 +123,7 @@ inline __m512i normal_e4m3(__m512i x, __m512i offset) {
 // Any codes: bf16 bits without the sign; and 0x7fff for NaN.
 inline __m512i e4m3_magnitude(__m512i x) {
   const __m512i code = _mm512_and_si512(x, _mm512_set1_epi16(0x7f0));
-  const __m512i normal = _mm512_add_epi16(code, _mm512_set1_epi16(120 << 7));
+  const __m512i normal = _mm512_add_epi16(code, _mm512_set1_epi16(kRebias << 7));
   // Subnormal codes and NaN are looked up: their low five bits are 0 to 7, and 31.
   const __m512i next = _mm512_and_si512(_mm512_add_epi16(code, _mm512_set1_epi16(0x10)), _mm512_set1_epi16(0x7f0));
   const __mmask32 special = _mm512_cmple_epu16_mask(next, _mm512_set1_epi16(0x80));
@@ -153,20 +156,20 @@ struct E4m3 : PairsIn<InParity> {
 
 template <>
 struct Fp8<Pairs> : E4m3<Fp8<Pairs>>, Fp8Layout {
-  static X offset(uint8_t) { return _mm512_set1_epi16(120 << 7); }
+  static X offset(uint8_t) { return _mm512_set1_epi16(kRebias << 7); }
   static X decode(const char* p, uint8_t) {
     const __m512i x = sixteenfold(p);
     return with_sign(e4m3_magnitude(x), x);
   }
 };
 
-// By powers of two below: what normal_e4m3 adds, twice.
+// By powers of two below: what normal_e4m3 adds, twice. A table, since a broadcast from memory takes no vector port.
 struct Offsets {
   uint32_t of[kSpread + 1];
 };
 constexpr Offsets e4m3_offsets() {
   Offsets o{};
-  for (int n = 0; n <= kSpread; ++n) o.of[n] = uint32_t(120 - n) * 0x00800080u;
+  for (int n = 0; n <= kSpread; ++n) o.of[n] = uint32_t(kRebias - n) * 0x00800080u;
   return o;
 }
 constexpr Offsets kE4m3Offsets = e4m3_offsets();

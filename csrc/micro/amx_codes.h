@@ -86,10 +86,12 @@ template <>
 struct TileCodes<Mxfp8<Pairs>> {
   using Order = Mxfp8<Pairs>::Order;
 
-  static __m512i adjust(__m512i below) { return _mm512_slli_epi16(_mm512_sub_epi16(_mm512_set1_epi16(120), below), 7); }
+  static __m512i adjust(__m512i below) {
+    return _mm512_slli_epi16(_mm512_sub_epi16(_mm512_set1_epi16(kRebias), below), 7);
+  }
 
   static __m512i decode(const char* p, const uint32_t* adjust) {
-    return Mxfp8<Pairs>::decode(p, uint8_t(120 - (*adjust >> 23)));
+    return Mxfp8<Pairs>::decode(p, uint8_t(kRebias - (*adjust >> 23)));
   }
   static void decode_together(const char* p, const uint32_t* adjust, char* out, int64_t stride) {
     decode_e4m3(

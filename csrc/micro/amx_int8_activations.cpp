@@ -15,6 +15,7 @@
 #if defined(POLYMOE_LEVEL_AMX)
 
 #include "bytes.h"
+#include "int8_ahead.h"
 #include "int8_piece.h"
 #include "tiles.h"
 
@@ -208,29 +209,6 @@ struct Int4Rows {
   }
 };
 
-// Rows of W that will be read next.
-struct Ahead {
-  const char* row[kTileRows];
-  int count = 0;
-
-  Ahead() = default;
-  Ahead(const Weights& w, int64_t next, int64_t n) {
-    const QuantizedMatrix& m = *w.matrix;
-    for (; count < kTileRows; ++count) {
-      if (next < n ? next + count >= n : !w.next) return;
-      row[count] =
-          next < n ? m.data + matrix_row(w, next + count) * m.data_stride : w.next + count * w.row_step * m.data_stride;
-    }
-  }
-
-  // Of the pieces that are a line, each asks for a part of the rows.
-  template <int BITS>
-  void ask(int64_t p) const {
-    constexpr int64_t bytes = kPiece * BITS / 8, per_line = kLine / bytes;
-    for (int r = int(p % per_line); r < count; r += int(per_line)) __builtin_prefetch(row[r] + p * bytes, 0, 2);
-  }
-};
-
 void configure_for(int bytes) {
   alignas(64) struct {
     uint8_t palette = 1, start_row = 0, reserved[14] = {};
@@ -283,7 +261,7 @@ void multiply_tile(const Left& w, const TileSpace& space, int64_t tile, const Ah
       const int64_t group = begin + slot.value;
       if (group >= groups) return;
       constexpr int next = slot.value + 1;
-      for (int p = 0; p < GROUP; ++p) ahead.ask<BITS>(group * GROUP + p);
+      for (int p = 0; p < GROUP; ++p) ahead.ask(group * GROUP + p, 0, ahead.count);
       if (group + 1 < groups) multiply_group<GROUP, next>(w, space, tile, group + 1, sums[next % kWaiting]);
       const VF scale_a = load<VF>(space.scale(tile, group));
       const float* const scale = w.scale + group * w.scale_step;
@@ -321,7 +299,7 @@ void multiply(const Piece* a, const RowGroups& groups, int64_t m, const Weights&
       }
       for (int64_t i = 0; i < rows; i += kTileRows) {
         // The first rows of A have all weights fetched, which the L2 cache then holds for the others.
-        const Ahead ahead = first + i == 0 ? Ahead(w, column + kTileRows, n) : Ahead();
+        const Ahead ahead = first + i == 0 ? Ahead(w, column + kTileRows, n, kTileRows, kPiece * C::bits / 8) : Ahead();
         const Place place{c + (first + i) * ldc + column, ldc, rows - i < kTileRows ? rows - i : kTileRows, columns};
         multiply_tile<C::bits, GROUP>(left, space, i / kTileRows, ahead, place);
       }

@@ -13,6 +13,7 @@
 //
 // With AMX more than a few rows are left to amx_int8_activations.cpp, which takes the same steps, where it gains.
 #include "bytes.h"
+#include "int8_ahead.h"
 #include "int8_few_rows.h"
 #include "int8_piece.h"
 
@@ -203,31 +204,6 @@ struct Panel {
     for (int i = 0; i < kFours; ++i)
 #pragma GCC unroll 2
       for (int v = 0; v < kVectors; ++v) f(i, v, load_bytes(at + (i * kVectors + v) * kLanes * 4));
-  }
-};
-
-// Rows of W that will be read next. A tile asks for them side by side, an equal part of the lines with every piece: the
-// fill buffers of the L1 cache are few, and its own loads need them, too.
-struct Ahead {
-  const char* row[kColumns];
-  int count;
-  int64_t piece_bytes;
-  int per_line;  // pieces
-
-  // Up to `most` rows from column `next` of n on, or where the next call begins.
-  Ahead(const Weights& w, int64_t next, int64_t n, int64_t most, int64_t bytes)
-      : count(0), piece_bytes(bytes), per_line(int(64 / bytes)) {
-    const QuantizedMatrix& m = *w.matrix;
-    for (; count < most; ++count) {
-      if (next < n ? next + count >= n : !w.next) return;
-      row[count] =
-          next < n ? m.data + matrix_row(w, next + count) * m.data_stride : w.next + count * w.row_step * m.data_stride;
-    }
-  }
-
-  void ask(int64_t p, int first, int last) const {
-    for (int r = first + int(p & (per_line - 1)); r < last; r += per_line)
-      __builtin_prefetch(row[r] + p * piece_bytes, 0, 2);
   }
 };
 

@@ -166,12 +166,21 @@ template <class A, class Source, int ROWS, int COLUMNS, int COUNT>
   }
 }
 
+// f(s, count) for steps [begin, end): as many at once as the arithmetic A takes, then one by one.
+template <class A, class F>
+[[gnu::always_inline]] inline void each_steps(int64_t begin, int64_t end, F&& f) {
+  int64_t s = begin;
+  if constexpr (A::at_once > 1)
+    for (; s + A::at_once <= end; s += A::at_once) f(s, std::integral_constant<int, A::at_once>());
+  for (; s < end; ++s) f(s, std::integral_constant<int, 1>());
+}
+
 // The columns of C are `apart` elements from one another.
 template <class A, class Source, int ROWS, int COLUMNS>
 void tile(const char* a, const Columns& columns, const Reduction& r, float* c, int64_t ldc, int64_t apart) {
   constexpr int64_t x_bytes = A::step * sizeof(typename A::Packed);
   constexpr int kSums = (ROWS * COLUMNS + 3) / 4 * 4;
-  const Columns w = columns;
+  const Columns w = columns;  // a copy, which stores to C cannot change
   VF total[kSums];
 #pragma GCC unroll 32
   for (VF& v : total) v = set<VF>(0);
@@ -181,14 +190,10 @@ void tile(const char* a, const Columns& columns, const Reduction& r, float* c, i
     VF acc[ROWS * COLUMNS];
 #pragma GCC unroll 32
     for (VF& v : acc) v = set<VF>(0);
-    int64_t s = begin;
-    if constexpr (A::together > 1)
-      for (; s + 2 <= end; s += 2) {
-        multiply_steps<A, Source, ROWS, COLUMNS, 2>(a, w, s, b, acc);
-      }
-    for (; s < end; ++s) {
-      multiply_steps<A, Source, ROWS, COLUMNS, 1>(a, w, s, b, acc);
-    }
+    each_steps<A>(
+        begin, end, [&](int64_t s, auto count) __attribute__((always_inline)) {
+          multiply_steps<A, Source, ROWS, COLUMNS, count.value>(a, w, s, b, acc);
+        });
     if (r.tail && b + 1 == r.blocks) {
       const Rows<char> data = w.data.from(r.whole * Source::bytes);
       const Rows<uint8_t> adjust = w.adjust.from(Source::adjust_at(r.whole, b));
@@ -253,18 +258,14 @@ void decode_row(const Columns& w, int j, const Reduction& r, char* out) {
   using Source = Decoded<C>;
   const char* const data = w.data[j];
   const uint8_t* const adjust = w.adjust[j];
-  const auto decode = [&](int64_t s, int64_t b, auto count) {
-    typename A::X x[count.value];
-    Source::template load<count.value>(data + s * Source::bytes, adjust + Source::adjust_at(s, b), x);
-#pragma GCC unroll 2
-    for (int t = 0; t < count.value; ++t) A::store(out + (s + t) * Paneled<A>::bytes, x[t]);
-  };
   for (int64_t b = 0; b < r.blocks; ++b) {
     const int64_t begin = b * r.block, end = begin + r.block < r.whole ? begin + r.block : r.whole;
-    int64_t s = begin;
-    if constexpr (A::together > 1)
-      for (; s + 2 <= end; s += 2) decode(s, b, std::integral_constant<int, 2>());
-    for (; s < end; ++s) decode(s, b, std::integral_constant<int, 1>());
+    each_steps<A>(begin, end, [&](int64_t s, auto count) {
+      typename A::X x[count.value];
+      Source::template load<count.value>(data + s * Source::bytes, adjust + Source::adjust_at(s, b), x);
+#pragma GCC unroll 2
+      for (int t = 0; t < count.value; ++t) A::store(out + (s + t) * Paneled<A>::bytes, x[t]);
+    });
   }
   if (r.tail)
     A::store(
@@ -305,6 +306,7 @@ Columns columns_of(const Weights& w, const Taken& taken, int64_t d, int64_t bloc
   for (int j = 0; j < taken.count; ++j)
     prepare_row<C>(m, matrix_row(w, taken.first + j * taken.apart), d, blocks, space.multiplier(w.workspace, j),
                    space.adjust(w.workspace, j), columns.multiplier[j], adjusts[j]);
+  // Zero points are read where they are stored; what is worked out is in the workspace.
   columns.adjust = {adjusts[0], C::adjust == Adjust::blocks && m.zero ? apart * m.zero_stride : space.factors};
   return columns;
 }
@@ -330,6 +332,7 @@ void multiply(const char* a, int64_t m, const Weights& w, int64_t n, int64_t d, 
   for (Run run = run_from(0); run.begin < n; run = run_from(run.end))
     for (int64_t i = 0; i < run.count(); ++i) {
       const Taken taken = run[i];
+      const bool is_full = taken.count == full;
       Columns columns = columns_of<A, C>(w, taken, d, r.blocks, space);
       if (once) {
         for (int j = 0; j < taken.count; ++j) decode_row<A, C>(columns, j, r, space.panel(w.workspace, j));
@@ -345,11 +348,10 @@ void multiply(const char* a, int64_t m, const Weights& w, int64_t n, int64_t d, 
       for (int64_t group = 0; group < groups.count; ++group) {
         const int count = groups.rows(group);
         const int64_t first = groups.first_row(group);
-        const bool is_full = taken.count == full;
         const Tile product = once ? tile_of<A, Paneled<A>>(count, is_full) : tile_of<A, Decoded<C>>(count, is_full);
         product(a + first * row_bytes, columns, r, static_cast<float*>(c) + first * ldc + taken.first, ldc,
                 taken.apart);
-        columns.next += r.whole * Paneled<A>::asks_for * kLine;
+        if (once) columns.next += r.whole * Paneled<A>::asks_for * kLine;
       }
     }
 }
