@@ -127,6 +127,8 @@ def test_widths_of_loads(read, opcode: str, width: str | None) -> None:
         ("ATOM.E.ADD.STRONG.GPU", 1),
         ("REDG.E.ADD.F32.FTZ.RN.STRONG.GPU", 1),
         ("RED.E.ADD.STRONG.GPU", 1),
+        ("UTMAREDG.2D.ADD", 1),
+        ("UBLKRED.G.S.ADD", 1),
         ("REDUX.SUM", 0),
         ("ATOMS.POPC.INC.32", 0),
         ("global_atomic_add_f32", 1),

@@ -73,18 +73,20 @@ def test_grouped_mm(form: str, backend: str, seed: int) -> None:
     assert gradcheck(lambda *args: polymoe.grouped_mm(args[0], args[1], offs, args[2], backend=backend), (a, b, bias))
 
 
-@pytest.mark.parametrize(
-    ("kind", "interleaved"),
-    [
-        pytest.param(kind, interleaved, id="-".join((kind[0], "interleaved" if interleaved else "halves")))
+def kinds_by(*layouts: str) -> list[Any]:
+    """Every kind of activation in every layout that it has: without a gate nothing is interleaved."""
+    return [
+        pytest.param(kind, layout, id="-".join(map(str, (*kind, layout))))
         for kind in activate_checks.KINDS
-        for interleaved in (False, True)
-        if not interleaved or kind[0] not in activate_checks.UNGATED
-    ],
-)
-def test_activate(kind: tuple[str, Any, Any], interleaved: bool, backend: str, seed: int) -> None:
+        for layout in layouts
+        if "interleaved" not in layout or kind[0] not in activate_checks.UNGATED
+    ]
+
+
+@pytest.mark.parametrize(("kind", "layout"), kinds_by("halves", "interleaved"))
+def test_activate(kind: tuple[str, Any, Any], layout: str, backend: str, seed: int) -> None:
     name, alpha, limit = kind
-    ungated = name in activate_checks.UNGATED
+    ungated, interleaved = name in activate_checks.UNGATED, layout == "interleaved"
     made = Inputs(seed)
     h, weights = made.normal(S, I if ungated else 2 * I), made.normal(T, K)
     with torch.no_grad():
@@ -171,15 +173,7 @@ def test_experts(placement: str, activation: str, transposed: bool, backend: str
 
 
 @pytest.mark.parametrize("placement", ["output", "activation", "input"])
-@pytest.mark.parametrize(
-    ("kind", "layout"),
-    [
-        pytest.param(kind, layout, id="-".join(map(str, (*kind, layout))))
-        for kind in activate_checks.KINDS
-        for layout in ("plain", "transposed", "interleaved", "transposed interleaved")
-        if "interleaved" not in layout or kind[0] not in activate_checks.UNGATED
-    ],
-)
+@pytest.mark.parametrize(("kind", "layout"), kinds_by("plain", "transposed", "interleaved", "transposed interleaved"))
 def test_experts_of_every_kind(
     kind: tuple[str, Any, Any], layout: str, placement: str, backend: str, seed: int
 ) -> None:

@@ -37,7 +37,9 @@ AMD_KINDS = (
 # Branches without a condition, and ends; the instruction after them does not follow.
 ALWAYS = r"(BRA\S* 0x|(EXIT|RET)\S* (?!@)|s_branch |s_endpgm)"
 FMA = r"FFMA|v_(pk_|dual_)?fma"
-ATOMIC = r"ATOMG?\b|REDG?\b|(global|buffer|flat)_atomic"  # not in shared memory, where integers are counted
+ATOMIC = (
+    r"ATOMG?\b|REDG?\b|UTMAREDG|UBLKRED|(global|buffer|flat)_atomic"  # not in shared memory, where integers are counted
+)
 MATRIX = {"sm": SASS_KINDS[0][1], "gfx": AMD_KINDS[0][1]}
 
 
@@ -128,6 +130,7 @@ def _amd(listing: str, shared: int) -> Facts:
 
 
 def atomics(code: Code) -> int:
+    """How many instructions add to global memory, or exchange with it, in no order of their own."""
     return sum(re.match(ATOMIC, opcode) is not None for _, opcode, _ in code)
 
 

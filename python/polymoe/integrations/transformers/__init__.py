@@ -168,17 +168,20 @@ def experts_forward(self: ExpertsModule, hidden_states: Tensor, top_k_index: Ten
 
 
 def _autocast(projection: Projection) -> Projection:
-    """The projection in the dtype of autocast, where that is on; not in float64, which autocast leaves alone."""
+    """The projection in the dtype of autocast, where that is on."""
     weight, bias, packed = projection
-    if packed is not None or not _autocasts(weight):
+    dtype = None if packed is not None else _autocast_dtype(weight)
+    if dtype is None:
         return projection
-    dtype = torch.get_autocast_dtype(weight.device.type)
     return Projection(_cast(weight, dtype), None if bias is None else _cast(bias, dtype), None)
 
 
-def _autocasts(tensor: Tensor) -> bool:
+def _autocast_dtype(tensor: Tensor) -> torch.dtype | None:
+    """What autocast casts the tensor to; None where it is off, and for float64, which it leaves alone."""
     device = tensor.device.type
-    return device != "meta" and torch.is_autocast_enabled(device) and tensor.dtype != torch.float64
+    if device == "meta" or not torch.is_autocast_enabled(device) or tensor.dtype == torch.float64:
+        return None
+    return torch.get_autocast_dtype(device)
 
 
 def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:

@@ -40,7 +40,7 @@ from transformers.quantizers.quantizers_utils import should_convert_module
 
 from polymoe import ops
 from polymoe.hal.explain import Explanation, explain, register_module_hook
-from polymoe.integrations.transformers import _autocasts, _cast, _routing_weights
+from polymoe.integrations.transformers import _autocast_dtype, _cast, _routing_weights
 from polymoe.integrations.transformers._gates import ExpertsModule, Fused, fused
 
 __all__ = ["TESTED", "Mxfp4Experts", "disable", "enable", "enabled"]
@@ -176,9 +176,9 @@ def _fp8_linear(module: FP8Linear, x: Tensor, groups: int) -> Tensor:
     return ops.grouped_mm(x, data.mT, bias=bias, weight_format=weight_format, scale=scale)
 
 
-def _rows(x: Tensor) -> Tensor:
+def _multiplied(x: Tensor) -> Tensor:
     """x as it is multiplied: in the dtype of autocast, where that is on."""
-    return _cast(x, torch.get_autocast_dtype(x.device.type)) if _autocasts(x) else x
+    return _cast(x, _autocast_dtype(x) or x.dtype)
 
 
 def _bias(bias: Tensor, dtype: torch.dtype) -> Tensor:
@@ -190,7 +190,7 @@ class Linear(FP8Linear):
     """FP8Linear by polymoe.grouped_mm, with one group."""
 
     def forward(self, input: Tensor) -> Tensor:
-        x = _rows(input).reshape(1, -1, input.shape[-1])
+        x = _multiplied(input).reshape(1, -1, input.shape[-1])
         return _fp8_linear(self, x, 1).view(*input.shape[:-1], -1)
 
 
@@ -198,7 +198,7 @@ class GroupedLinear(FP8GroupedLinear):
     """FP8GroupedLinear by polymoe.grouped_mm."""
 
     def forward(self, x: Tensor) -> Tensor:
-        x, lead = _rows(x), x.shape[:-2]
+        x, lead = _multiplied(x), x.shape[:-2]
         y = _fp8_linear(self, x.reshape(-1, *x.shape[-2:]).transpose(0, 1), self.n_groups)
         return y.transpose(0, 1).reshape(*lead, self.n_groups, -1)
 
@@ -226,7 +226,7 @@ def fp8_experts_forward(
     """
     up, down = _fp8_projection(self, "up"), _fp8_projection(self, "down")
     how: Fused | str = getattr(self, "polymoe_gate", _UNKNOWN)
-    x = _rows(hidden_states)
+    x = _multiplied(hidden_states)
     if isinstance(how, str):
         out = _unfused(self, x, top_k_index, top_k_weights, up, down)
     else:
@@ -309,7 +309,7 @@ class Mxfp4Experts(nn.Module):
 
     def forward(self, hidden_states: Tensor, router_indices: Tensor, routing_weights: Tensor) -> Tensor:
         """As GptOssExperts': [T, H], ids and weights [T, K]; returns [T, H]."""
-        x = _rows(hidden_states)
+        x = _multiplied(hidden_states)
         out = _fused(
             self.gate,
             x,
