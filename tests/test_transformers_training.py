@@ -127,20 +127,24 @@ def stable_in_bfloat16(family: str) -> tuple[PreTrainedModel, dict[str, Tensor]]
 
 @pytest.mark.parametrize("family", ["qwen3_moe", "deepseek_v3", "gpt_oss"])
 def test_autocast(family: str, seed: int) -> None:
-    """bfloat16 experts and float32 routing weights: as far from float32 as eager's own, at most, over a few draws."""
+    """bfloat16 experts and float32 routing weights: as far from float32 as eager's own, at most, in the mean of many
+    draws: where a model clamps, rounding now and then decides whether an element has a gradient at all, and a single
+    draw may be twice as far off."""
     torch.manual_seed(seed)
-    errors = {"eager": 0.0, "polymoe": 0.0}
-    for _ in range(5):
+    ratios = []
+    for _ in range(30):
         model, inputs = stable_in_bfloat16(family)
         truth = gradients(model, inputs, "eager")
         names = [name for name in truth if "experts" in name]
-        for implementation in errors:
+        errors = {}
+        for implementation in ("eager", "polymoe"):
             with torch.autocast("cpu", torch.bfloat16):
                 found = gradients(model, inputs, implementation)
             assert all(found[name].dtype == torch.float32 for name in names)  # that of the parameters
             both = (torch.cat([part[name].flatten() for name in names]) for part in (found, truth))
-            errors[implementation] += relative_frobenius(*both) ** 2
-    assert errors["polymoe"] ** 0.5 <= 1.2 * errors["eager"] ** 0.5
+            errors[implementation] = relative_frobenius(*both)
+        ratios.append(errors["polymoe"] / errors["eager"])
+    assert torch.tensor(ratios).log().mean().exp() <= 1.2
 
 
 def test_compiled(seed: int) -> None:
