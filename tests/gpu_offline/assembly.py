@@ -57,7 +57,7 @@ class Facts:
     loads       global loads by bytes; "tma" for bulk copies
     loop        instructions of the main loop, by kind
     loop_loads  global loads of the main loop, as `loads`
-    atomics     atomic instructions on global memory; stored only where there are some
+    atomics     atomic instructions on global memory
     """
 
     registers: int
@@ -71,8 +71,7 @@ class Facts:
     atomics: int = 0
 
     def as_json(self) -> dict[str, Any]:
-        stored = asdict(self)
-        return stored if self.atomics else {name: value for name, value in stored.items() if name != "atomics"}
+        return asdict(self)
 
 
 def facts(kernel: CompiledKernel) -> Facts:
