@@ -188,6 +188,16 @@ def test_other_readers_get_one_clear_error(reader: str) -> None:
     assert_same_bits(module.state_dict()["gate_up"], before["gate_up"], "gate_up")
 
 
+def test_who_holds_the_parameter_does_not_see_it_permuted() -> None:
+    module = experts()
+    optimizer = torch.optim.SGD(module.parameters(), lr=1.0)
+    polymoe.optimize(module)
+    for parameter in optimizer.param_groups[0]["params"]:
+        assert parameter.is_meta
+        with pytest.raises(NotImplementedError, match="no data"):
+            parameter.tolist()
+
+
 def test_a_cast_is_noticed() -> None:
     module, batch = experts(), inputs(torch.float32)
     polymoe.optimize(module)
@@ -233,14 +243,38 @@ def sharded() -> Experts:
     return module
 
 
+def of_another_dtype() -> Experts:
+    module = experts()
+    module.down = nn.Parameter(module.down.to(torch.float8_e4m3fn), requires_grad=False)
+    return module
+
+
+def of_odd_width() -> Experts:
+    module = experts()
+    module.gate_up = nn.Parameter(module.gate_up[:, 1:].contiguous(), requires_grad=False)
+    return module
+
+
+GRAPHS: list[Tensor] = []
+
+
+def in_a_graph() -> Experts:
+    module = experts()
+    GRAPHS[:] = [torch.ones_like(module.gate_up).requires_grad_() * module.gate_up]
+    return module
+
+
 REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "nothing": (lambda: nn.Linear(2, 2), "model: expected polymoe.nn.Experts"),
     "grad": (lambda: Experts(E, H, I), "gate_up: expected a weight that does not require grad"),
     "tied": (tied, "down: expected memory of its own, got memory shared with also"),
     "overlapping": (overlapping, "gate_up: expected memory of its own, got memory shared with view"),
     "held": (held_outside, "down: expected memory of its own, got memory that a tensor outside the model holds too"),
-    "strided": (strided, "down: expected a contiguous weight"),
+    "strided": (strided, "down: expected a contiguous tensor"),
     "meta": (lambda: experts().to("meta"), "gate_up: expected a weight on the CPU"),
+    "dtype": (of_another_dtype, "down: expected float32, bfloat16, float16 or float64, got float8_e4m3fn"),
+    "width": (of_odd_width, "gate_up: expected an even N with gate_up"),
+    "graph": (in_a_graph, "gate_up: expected a weight of its own, got one that code in C++ holds too"),
 }
 
 

@@ -17,6 +17,7 @@ from torch.utils._pytree import tree_leaves
 
 from polymoe.formats.packed import pack_, unpack_
 from polymoe.ops._check import describe, fail
+from polymoe.ops.pack_weight import check as check_packable
 
 _SHARDED: tuple[type, ...] = ()
 if torch.distributed.is_available():
@@ -124,8 +125,9 @@ def optimize(model: nn.Module) -> list[str]:
     """Packs the weights of a model's experts in place, so that the CPU kernels read them at full speed.
 
     It goes expert by expert in the parameter's own storage, and takes the memory of one expert besides. Afterwards the
-    parameters are not parameters any more: who else reads one gets a PackedWeightError, never permuted numbers.
-    state_dict, save_pretrained, deepcopy and pickle keep working, and load_state_dict takes original values.
+    parameters are not parameters any more: who else reads one gets a PackedWeightError, never permuted numbers, and who
+    holds one from before, such as an optimiser, holds a tensor without data (on the device meta). state_dict,
+    save_pretrained, deepcopy and pickle keep working, and load_state_dict takes original values.
 
     Args:
         model: holds polymoe.nn.Experts, or experts of Transformers that run by the implementation "polymoe".
@@ -135,8 +137,9 @@ def optimize(model: nn.Module) -> list[str]:
 
     Raises:
         ValueError: there is nothing to pack, or one of the weights requires grad, is shared with another name, sharded,
-            not contiguous, or not on the CPU, or a tensor outside the model, such as one in a state_dict, shares its
-            memory and would see it permuted. Nothing is changed then.
+            not contiguous, not on the CPU, or of a shape or dtype that polymoe.experts does not take, or a tensor
+            outside the model, such as one in a state_dict, shares its memory and would see it permuted. Nothing is
+            changed then.
     """
     found = [
         (f"{prefix}.{packable.name}".lstrip("."), module, packable)
@@ -154,7 +157,7 @@ def optimize(model: nn.Module) -> list[str]:
     new = [(name, module, p) for name, module, p in found if not isinstance(getattr(module, p.name), PackedWeight)]
     extents = list(_extents(model))
     for name, module, packable in new:
-        _check(name, getattr(module, packable.name), extents)
+        _check(name, getattr(module, packable.name), packable, extents)
     for _, module, packable in new:
         _pack(module, packable)
     return [name for name, _, _ in new]
@@ -201,15 +204,15 @@ def _extents(model: nn.Module) -> Iterator[_Extent]:
             yield _Extent(begin, begin + (last + 1) * tensor.element_size(), f"{prefix}.{name}".lstrip("."), tensor)
 
 
-def _check(name: str, weight: Tensor, extents: list[_Extent]) -> None:
+def _check(name: str, weight: Tensor, packable: Packable, extents: list[_Extent]) -> None:
     if isinstance(weight, _SHARDED) or getattr(weight, "_fsdp_flattened", False):
         fail("optimize", name, "a whole tensor; pack before the model is sharded", type(weight).__name__)
     if weight.requires_grad:
         fail("optimize", name, "a weight that does not require grad; call model.requires_grad_(False)", "one that does")
     if weight.device.type != "cpu":
         fail("optimize", name, "a weight on the CPU", describe(weight))
-    if not weight.is_contiguous():
-        fail("optimize", name, "a contiguous weight", f"{describe(weight)} with strides {tuple(weight.stride())}")
+    _, *options = packable
+    check_packable("optimize", name, weight, *options)
     begin, end = weight.data_ptr(), weight.data_ptr() + weight.nbytes
     sharing = [other.name for other in extents if other.name != name and other.begin < end and begin < other.end]
     if sharing:
@@ -218,17 +221,22 @@ def _check(name: str, weight: Tensor, extents: list[_Extent]) -> None:
     known = {id(other.tensor) for other in extents if other.tensor.untyped_storage()._cdata == storage._cdata}
     if torch._C._storage_Use_Count(storage._cdata) - 1 > len(known):  # 1: `storage`, here
         fail("optimize", name, "memory of its own", "memory that a tensor outside the model holds too")
+    if weight._use_count() > 1:  # type: ignore[attr-defined]
+        fail("optimize", name, "a weight of its own", "one that code in C++ holds too, such as a graph for gradients")
 
 
 def _pack(module: nn.Module, packable: Packable) -> None:
     weight = getattr(module, packable.name)
     name, *options = packable
     packed = PackedWeight(name, weight.shape, weight.dtype, *options)
+    # Whoever holds the parameter must not see it permuted: its inside moves to the buffer, and it has no data any more.
+    buffer = torch.empty_like(weight, device="meta")
+    torch._C._swap_tensor_impl(weight, buffer)
     delattr(module, name)
     if _save not in module._state_dict_hooks.values():
         module.register_state_dict_post_hook(_save)
         module.register_load_state_dict_pre_hook(_load)
-    module.register_buffer(packed.buffer, weight.detach(), persistent=False)
+    module.register_buffer(packed.buffer, buffer, persistent=False)
     setattr(module, name, packed)
     packed.pack(module)
 
