@@ -386,7 +386,7 @@ def test_compiles_forward_and_backward_once_for_any_length(backend: str, seed: i
         wanted = (x, logits, gate_up, down)
         expected = torch.autograd.grad(layer(x, logits).square().sum(), wanted)
         for got, one in zip(torch.autograd.grad(compiled(x, logits).square().sum(), wanted), expected, strict=True):
-            torch.testing.assert_close(got, one, rtol=1e-5, atol=1e-6)
+            torch.testing.assert_close(got, one, rtol=0, atol=0)
 
 
 class Composed(torch.nn.Module):

@@ -218,4 +218,4 @@ def test_opcheck_and_compile(backend: str, seed: int) -> None:
     for got, wanted in zip(
         torch.autograd.grad(compiled(x, made.weights, made.ids).sum(), adapters), expected, strict=True
     ):
-        torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(got, wanted, rtol=0, atol=0)

@@ -333,4 +333,5 @@ def test_gradients_are_those_of_the_models_own_forward(norm: bool) -> None:
     ours = torch.autograd.grad(experts_forward(module, x, ids, weights).square().sum(), tensors)
     own = torch.autograd.grad(type(module).forward(module, x, ids, weights).square().sum(), tensors)
     for got, expected in zip(ours, own, strict=True):
-        torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
+        # Either forward and either backward.
+        assert relative_frobenius(got, expected) <= 4 * float32_bound()
