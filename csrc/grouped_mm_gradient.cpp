@@ -2,7 +2,10 @@
 // gradient that is there already.
 #include <ATen/ops/empty.h>
 
+#include <algorithm>
 #include <optional>
+#include <utility>
+#include <vector>
 
 #include "check.h"
 #include "grouped_mm.h"
@@ -32,6 +35,19 @@ at::Tensor grouped_mm_dx_cpu(const at::Tensor& grad, const at::Tensor& b, const 
   return out;
 }
 
+// Whether elements may share memory, as those of an expanded tensor do.
+bool overlaps(const at::Tensor& tensor) {
+  std::vector<std::pair<int64_t, int64_t>> dimensions;  // stride and size
+  for (int64_t d = 0; d < tensor.dim(); ++d) dimensions.emplace_back(tensor.stride(d), tensor.size(d));
+  std::sort(dimensions.begin(), dimensions.end());
+  int64_t extent = 1;  // of the dimensions with smaller strides
+  for (const auto& [stride, size] : dimensions) {
+    if (size > 1 && stride < extent) return tensor.numel() > 0;
+    extent += (size - 1) * stride;
+  }
+  return false;
+}
+
 void grouped_mm_dw_cpu(const at::Tensor& main, const at::Tensor& a, const at::Tensor& grad, const at::Tensor& offs,
                        c10::string_view) {
   constexpr const char* kOp = "grouped_mm_dw_";
@@ -55,6 +71,8 @@ void grouped_mm_dw_cpu(const at::Tensor& main, const at::Tensor& a, const at::Te
   const at::Tensor out = flipped ? main.transpose(1, 2) : main;
   POLYMOE_CHECK(out.stride(2) == 1 || out.size(2) <= 1, kOp, "main", "a tensor with a stride of 1 in dimension 1 or 2",
                 describe(main), " with strides ", main.strides());
+  POLYMOE_CHECK(!overlaps(main), kOp, "main", "a tensor whose elements share no memory", describe(main),
+                " with strides ", main.strides());
   const at::Tensor left = (flipped ? grad : a).t(), right = flipped ? a : grad;
   compute({left, right, std::move(ends), main.size(0), {}, {WeightFormat::plain, 1}, false, true}, out);
 }

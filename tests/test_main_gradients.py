@@ -103,6 +103,11 @@ def test_refuses_what_it_cannot_write() -> None:
         polymoe.grouped_mm_dw_(torch.zeros(G, D, N, dtype=torch.float64), a, grad, offs)
     with pytest.raises(ValueError, match=r"grouped_mm_dw_: main: expected .*a stride of 1 in dimension 1 or 2"):
         polymoe.grouped_mm_dw_(torch.zeros(D, N, G).movedim(2, 0), a, grad, offs)
+    for strides in ((0, N, 1), (D, 1, D - 1)):  # expanded, and rows that overlap
+        for backend in ("cpu", "reference"):
+            overlapping = torch.zeros(G * D * N).as_strided((G, D, N), strides)
+            with pytest.raises(ValueError, match=r"grouped_mm_dw_: main: expected .* share no memory, got .* strides"):
+                polymoe.grouped_mm_dw_(overlapping, a, grad, offs, backend=backend)
     with pytest.raises(ValueError, match=r"grouped_mm_dw_: main: expected a tensor \[G, D=37, N=70\]"):
         polymoe.grouped_mm_dw_(torch.zeros(G, N, D), a, grad, offs)
     with pytest.raises(ValueError, match=r"grouped_mm_dw_: grad: expected float32"):

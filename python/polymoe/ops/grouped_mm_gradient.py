@@ -60,9 +60,22 @@ def check_dw(main: Tensor, a: Tensor, grad: Tensor, offs: Tensor) -> None:
     check_that.device(op, "main", main, a)
     if 1 not in (main.stride(1), main.stride(2)) and main.numel() > 0:
         check_that.fail(op, "main", "a stride of 1 in dimension 1 or 2", f"strides {tuple(main.stride())}")
+    if _overlaps(main):
+        expected = "a tensor whose elements share no memory"
+        check_that.fail(op, "main", expected, f"{check_that.describe(main)} with strides {tuple(main.stride())}")
     check_that.dtype(op, "offs", offs, check_that.IDS)
     check_that.shape(op, "offs", offs, {"G": main.shape[0]})
     check_that.device(op, "offs", offs, a)
+
+
+def _overlaps(tensor: Tensor) -> bool:
+    """Whether elements may share memory, as those of an expanded tensor do."""
+    extent = 1  # of the dimensions with smaller strides
+    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+        if size > 1 and stride < extent:
+            return tensor.numel() > 0
+        extent += (size - 1) * stride
+    return False
 
 
 def compose_dw(main: Tensor, a: Tensor, grad: Tensor, offs: Tensor, *, backend: str) -> None:
@@ -95,7 +108,7 @@ def grouped_mm_dw_(main: Tensor, a: Tensor, grad: Tensor, offs: Tensor, *, backe
         None. Groups without a row are left alone. Sums are float32 (float64 for float64). No gradient flows through it.
 
     Raises:
-        ValueError: any other shape, dtype, device or stride.
+        ValueError: any other shape, dtype, device or stride; a main gradient that overlaps itself.
     """
     chosen = select("grouped_mm", a, tuple(OPS["grouped_mm"].options.values()), backend)
     with torch.no_grad():
