@@ -10,7 +10,7 @@ The gradient of an op is made of other ops, called with the same `backend`; so i
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from operator import is_
 from sys import intern
@@ -19,10 +19,12 @@ from typing import Any, NoReturn, TypeVar
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from polymoe.hal.problem import COMPOSED_OPS, GRADIENT_OPS, OPS, OpSpec, Problem
 from polymoe.hal.registry import get
 from polymoe.hal.select import choose, declined
+from polymoe.ops._check import fail
 
 LIB = torch.library.Library("polymoe", "DEF")
 Wrapper = TypeVar("Wrapper", bound=Callable[..., Any])
@@ -109,6 +111,8 @@ def define_op(
     def call(*args: Any, backend: str) -> Any:
         if torch.compiler.is_compiling():
             return op(*args, backend=backend)
+        if forward_ad._current_level >= 0:
+            _refuse_tangents(name, names, args)
         # An argument costs the dispatcher more than it takes to see that all are the defaults.
         if all(map(is_, args[required:], defaults)):
             args = args[:required]
@@ -125,6 +129,13 @@ def define_op(
 
     specs[name] = OpSpec(name, subject=names[0], options=options, wrapper=call)
     return call
+
+
+def _refuse_tangents(op: str, names: Sequence[str], args: Sequence[Any]) -> None:
+    """Torch leaves a tangent out where an op has no forward-mode derivative: zero would look like a result."""
+    for name, value in zip(names, args, strict=False):
+        if isinstance(value, Tensor) and forward_ad.unpack_dual(value).tangent is not None:
+            fail(op, name, "a tensor without a tangent, for there is no forward-mode derivative", "one with a tangent")
 
 
 def grad_dtype(tensor: Tensor) -> torch.dtype:
