@@ -82,6 +82,7 @@ BAD: dict[str, list[Case]] = {
     "dispatch": [
         ("x", {"x": i32(T, H)}),
         ("x", {"x": f32(T)}),
+        ("plan", {"plan": tuple(good_plan())}),
         ("slot_row", {"x": f32(T + 1, H)}),
         ("slot_row", {"plan": good_plan()._replace(slot_row=torch.zeros(T, K, dtype=torch.int64))}),
         ("slot_row", {"plan": good_plan()._replace(slot_row=i32(S))}),
@@ -128,6 +129,7 @@ BAD: dict[str, list[Case]] = {
         ("alpha", {"kind": "swiglu_oai", "alpha": -1.0}),
         ("alpha", {"kind": "softcapped", "limit": 1.0}),
         ("interleaved", {"kind": "silu", "interleaved": True}),
+        ("plan", {"plan": good_plan().row_slot}),
         ("row_slot", {"plan": good_plan()._replace(row_slot=i32(S - 1))}),
         ("row_slot", {"plan": good_plan()._replace(row_slot=torch.zeros(S, dtype=torch.int64))}),
         ("weights", {"weights": f32(T, K), "plan": None}),
@@ -140,6 +142,7 @@ BAD: dict[str, list[Case]] = {
         ("y", {"y": i32(S, H)}),
         ("y", {"y": f32(S)}),
         ("y", {"y": f32(S + 1, H)}),
+        ("plan", {"plan": None}),
         ("slot_row", {"plan": good_plan()._replace(slot_row=i32(S))}),
         ("slot_row", {"plan": good_plan()._replace(slot_row=torch.zeros(T, K, dtype=torch.int64))}),
         ("weights", {"weights": f32(T + 1, K)}),
@@ -252,6 +255,52 @@ def test_mixed_devices(op: str, argument: str, change: dict[str, Any]) -> None:
         check_message(op, argument, caught.value)
 
 
+SUBJECTS = {op: next(iter(arguments)) for op, arguments in GOOD.items()}
+
+
+@pytest.mark.parametrize("op", SUBJECTS)
+def test_what_is_no_strided_tensor(op: str) -> None:
+    subject = SUBJECTS[op]
+    for value in (GOOD[op][subject].to_sparse(), GOOD[op][subject].numpy(), None):
+        for backend in (*servers(op), None):
+            with pytest.raises(ValueError, match="polymoe") as caught:
+                getattr(polymoe, op)(**GOOD[op] | {subject: value}, backend=backend)
+            check_message(op, subject, caught.value)
+
+
+@pytest.mark.parametrize("op", [op for op in SUBJECTS if op != "plan"])
+def test_forward_mode_derivatives_are_refused(op: str) -> None:
+    """Torch would leave the tangent out, which reads as a derivative of zero."""
+    subject = SUBJECTS[op]
+    arguments = {name: value for name, value in GOOD[op].items() if name != subject}
+
+    def call(value: torch.Tensor) -> Any:
+        return getattr(polymoe, op)(value, **arguments)
+
+    value = GOOD[op][subject]
+    with torch.autograd.forward_ad.dual_level():
+        call(value)  # without a tangent
+        with pytest.raises(ValueError, match="polymoe") as caught:
+            call(torch.autograd.forward_ad.make_dual(value, torch.ones_like(value)))
+    check_message(op, subject, caught.value)
+    with pytest.raises(ValueError, match=f"{subject}: expected a tensor without a tangent"):
+        torch.func.jvp(call, (value,), (torch.ones_like(value),))
+
+
+def test_adapters_of_grouped_mm() -> None:
+    adapter = {"lora_a": f32(G, 2, H), "lora_b": f32(G, I, 2)}
+    polymoe.grouped_mm(**GOOD["grouped_mm"], **adapter)
+    for argument, change in (
+        ("out_dtype", {"out_dtype": torch.int32}),
+        ("out_dtype", {"out_dtype": torch.float64}),
+        ("lora_a", {"lora_a": None}),
+        ("lora_b", {"lora_b": f32(G, I, 3)}),
+    ):
+        with pytest.raises(ValueError, match="polymoe") as caught:
+            polymoe.grouped_mm(**GOOD["grouped_mm"], **adapter | change)
+        check_message("grouped_mm", argument, caught.value)
+
+
 def test_too_many_slots() -> None:
     ids = torch.empty(2**30, 2, dtype=torch.int32, device="meta")
     with pytest.raises(ValueError, match=r"polymoe\.plan: ids: expected fewer than 2\^31 slots"):
@@ -276,6 +325,7 @@ def test_too_many_slots() -> None:
             lambda: polymoe.balance_loss(f32(T, E), i32(T, K), token_mask=f32(T)),
             "polymoe.balance_loss: token_mask: expected",
         ),
+        (lambda: polymoe.z_loss(f32(T, 0)), "polymoe.z_loss: logits: expected at least 1 expert"),
         (lambda: polymoe.update_bias(f32(E), f32(E)), "polymoe.update_bias: counts: expected"),
         (lambda: polymoe.update_bias(f32(E), i32(E + 1)), "polymoe.update_bias: counts: expected"),
         (lambda: polymoe.update_bias(i32(E), i32(E)), "polymoe.update_bias: bias: expected"),

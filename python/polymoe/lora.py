@@ -53,11 +53,14 @@ def merged(weight: Tensor, lora_a: Tensor, lora_b: Tensor, lora_scale: float = 1
         A new tensor like `weight`.
 
     Raises:
-        ValueError: other shapes.
+        ValueError: other shapes, or a weight of another dtype than float32, bfloat16, float16 and float64.
     """
+    op, sizes = "lora.merged", ("E", "D", "N") if transposed else ("E", "N", "D")
+    check_that.dtype(op, "weight", weight, check_that.FLOATS)
+    check_that.shape(op, "weight", weight, dict.fromkeys(sizes))
     E, N, D = (weight.mT if transposed else weight).shape
-    check_that.shape("lora.merged", "lora_a", lora_a, {"E": E, "r": None, "D": D})
-    check_that.shape("lora.merged", "lora_b", lora_b, {"E": E, "N": N, "r": lora_a.shape[1]})
+    check_that.shape(op, "lora_a", lora_a, {"E": E, "r": None, "D": D})
+    check_that.shape(op, "lora_b", lora_b, {"E": E, "N": N, "r": lora_a.shape[1]})
     wide = torch.promote_types(weight.dtype, torch.float32)
     change = lora_scale * (lora_b.to(wide) @ lora_a.to(wide))
     return (weight.to(wide) + (change.mT if transposed else change)).to(weight.dtype)

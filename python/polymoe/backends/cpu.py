@@ -52,6 +52,7 @@ class CpuBackend:
             f"{name}: not contiguous along the reduction, so tiles of it are copied before they are multiplied"
             for name, weight, reduction in _weights(op, arguments)
             if isinstance(weight, torch.Tensor)
+            and weight.dim() >= 2
             and weight.dtype == problem.dtype
             and weight.shape[reduction] > 1
             and weight.stride(reduction) != 1
@@ -64,6 +65,6 @@ def _weights(op: str, arguments: Mapping[str, Any]) -> list[tuple[str, Any, int]
     if op == "grouped_mm":
         return [("b", arguments["b"], -2)]
     if op == "experts":
-        reduction = 1 if arguments["transposed"] else 2
+        reduction = -2 if arguments["transposed"] else -1
         return [(name, arguments[name], reduction) for name in ("gate_up", "down")]
     return []

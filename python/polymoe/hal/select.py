@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from polymoe.hal import registry
-from polymoe.hal.problem import Backend, Problem
+from polymoe.hal.problem import Backend, Problem, spec_of
 
 ENVIRONMENT_VARIABLE = "POLYMOE_BACKEND"
 _environment: str | None = os.environ.get(ENVIRONMENT_VARIABLE) or None
@@ -41,6 +41,8 @@ class use_backend:
     """
 
     def __init__(self, name: str | None) -> None:
+        if name == "":
+            raise ValueError('polymoe.use_backend: name: expected the name of a backend or None, got ""')
         self.name = name
         self.outer: list[str | None] = []
 
@@ -125,5 +127,9 @@ def select(op: str, subject: Tensor, options: tuple[str, ...], backend: str | No
     requested = backend if backend is not None else _scope.name or _environment
     if torch.compiler.is_compiling():
         return _decide_in_graph(op, subject.device.type, subject.dtype, options, requested)
-    device_type = "cpu" if subject.is_cpu else subject.device.type  # the latter takes five times as long
+    try:
+        device_type = "cpu" if subject.is_cpu else subject.device.type  # the latter takes five times as long
+    except AttributeError:
+        name = spec_of(op).subject
+        raise ValueError(f"polymoe.{op}: {name}: expected a tensor, got {type(subject).__name__}") from None
     return choose(op, device_type, subject.dtype, options, requested)

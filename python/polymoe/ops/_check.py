@@ -41,6 +41,8 @@ def describe(tensor: Tensor) -> str:
 def dtype(op: str, argument: str, tensor: Tensor, accepted: Sequence[torch.dtype]) -> None:
     if tensor.dtype not in accepted:
         fail(op, argument, names_of(accepted), describe(tensor))
+    if tensor.layout != torch.strided:
+        fail(op, argument, "a strided tensor", f"{describe(tensor)} of layout {str(tensor.layout).split('.')[-1]}")
 
 
 def shape(op: str, argument: str, tensor: Tensor, dims: Mapping[str, int | None]) -> None:

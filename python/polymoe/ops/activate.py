@@ -10,7 +10,7 @@ from polymoe.hal.problem import GRADIENT_OPS
 from polymoe.hal.select import select
 from polymoe.ops import _check as check_that
 from polymoe.ops._library import Gradient, define_op, public
-from polymoe.ops.plan import Plan
+from polymoe.ops.plan import Plan, check_plan
 from polymoe.reference._arithmetic import arithmetic_dtype
 
 
@@ -214,6 +214,8 @@ def activate(
     Raises:
         ValueError: any other shape, dtype, device or option.
     """
+    if plan is not None:
+        check_plan("activate", plan)
     row_slot = None if plan is None else plan.row_slot
     chosen = select("activate", h, (kind,), backend)
     return _activate(h, kind, alpha, limit, interleaved, row_slot, weights, out_dtype, backend=chosen)

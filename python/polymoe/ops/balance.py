@@ -149,6 +149,8 @@ def z_loss(logits: Tensor, alpha: float = 1e-3, token_mask: Tensor | None = None
     op = "z_loss"
     check_that.dtype(op, "logits", logits, check_that.FLOATS)
     check_that.shape(op, "logits", logits, {"T": None, "E": None})
+    if logits.shape[1] < 1:
+        check_that.fail(op, "logits", "at least 1 expert", check_that.describe(logits))
     z = logits.to(arithmetic_dtype(logits.dtype))
     if token_mask is None:
         squares = torch.logsumexp(z, dim=1).square()

@@ -8,7 +8,7 @@ from torch import Tensor
 from polymoe.hal.select import select
 from polymoe.ops import _check as check_that
 from polymoe.ops._library import Gradient, define_op, public
-from polymoe.ops.plan import Plan
+from polymoe.ops.plan import Plan, check_plan
 from polymoe.ops.row_dot import row_dot
 
 
@@ -89,4 +89,5 @@ def combine(
     Raises:
         ValueError: any other shape, dtype or device.
     """
+    check_plan("combine", plan)
     return _combine(y, plan.slot_row, weights, out_dtype, backend=select("combine", y, (), backend))

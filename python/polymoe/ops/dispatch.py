@@ -8,7 +8,7 @@ from torch import Tensor
 from polymoe.hal.select import select
 from polymoe.ops import _check as check_that
 from polymoe.ops._library import Gradient, define_op, public
-from polymoe.ops.plan import Plan
+from polymoe.ops.plan import Plan, check_plan
 from polymoe.ops.row_dot import row_dot
 
 
@@ -69,4 +69,5 @@ def dispatch(x: Tensor, plan: Plan, weights: Tensor | None = None, *, backend: s
     Raises:
         ValueError: any other shape, dtype or device.
     """
+    check_plan("dispatch", plan)
     return _dispatch(x, plan.row_slot, plan.slot_row, weights, backend=select("dispatch", x, (), backend))

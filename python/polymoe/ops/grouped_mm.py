@@ -219,6 +219,7 @@ def grouped_mm(
     if a.dim() != 2 or b.dim() != 3:
         check_that.fail("grouped_mm", "lora_a", "None unless rows of a are cut", check_that.describe(a))
     check_adapter("grouped_mm", "", lora_a, lora_b, a, b.shape[0], b.shape[2], a.shape[1])
+    check_that.output_dtype("grouped_mm", out_dtype, a.dtype)
     assert lora_a is not None
     assert lora_b is not None
     wide = arithmetic_dtype(a.dtype)

@@ -18,6 +18,11 @@ class Plan(NamedTuple):
     slot_row: Tensor
 
 
+def check_plan(op: str, plan: object) -> None:
+    if not isinstance(plan, Plan):
+        check_that.fail(op, "plan", "a polymoe.Plan", type(plan).__name__)
+
+
 def check_ids(op: str, ids: Tensor, num_experts: int) -> None:
     check_that.dtype(op, "ids", ids, check_that.IDS)
     check_that.shape(op, "ids", ids, {"T": None, "K": None})
