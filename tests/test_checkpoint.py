@@ -310,6 +310,11 @@ def pipe(folder: Path) -> None:
     os.mkfifo(file)
 
 
+def no_size(folder: Path) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "hidden_size": "64"}))
+
+
 def path_outside(folder: Path) -> None:
     edit_index(folder, lambda where: where.update({VICTIM: "../model.safetensors"}))
 
@@ -330,6 +335,7 @@ DAMAGE: list[tuple[Callable[[Path], None], tuple[str, ...]]] = [
     (one_expert_too_many, (FILE, "experts.9.w3.weight", "expected 4 experts")),
     (no_shard, (FILE, "cannot be read")),
     (pipe, (FILE, "not a regular file")),
+    (no_size, ("config.json", "hidden_size: expected a positive size, got '64'")),
     (path_outside, (INDEX, TENSOR, "../model.safetensors")),
 ]
 
@@ -342,6 +348,21 @@ def test_damage_is_named(damage: Callable[[Path], None], words: tuple[str, ...],
         Checkpoint(folder)
     for word in words:
         assert word in str(caught.value)
+
+
+def test_a_layer_that_is_not_there(intact: Path) -> None:
+    checkpoint = Checkpoint(intact)
+    for ask in (checkpoint.storage, checkpoint.load, lambda layer: checkpoint.expert(layer, 0)):
+        with pytest.raises(
+            CheckpointError, match=r"layer 'layers\.9\.ffn': expected one of \.layers, such as 'layers\.0"
+        ):
+            ask("layers.9.ffn")
+
+
+def test_a_layer_whose_number_is_long(tmp_path: Path) -> None:
+    tensors, number = published.write(tmp_path, "mixtral"), "9" * 5000
+    published.write_shards(tmp_path, {n.replace("layers.1.", f"layers.{number}."): t for n, t in tensors.items()})
+    assert Checkpoint(tmp_path).layers == tuple(f"model.layers.{n}.block_sparse_moe" for n in (number, "0"))
 
 
 def test_a_file_that_shrinks_while_it_is_open(intact: Path, tmp_path: Path) -> None:

@@ -192,6 +192,37 @@ def test_nothing_is_overwritten(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         quantize(tmp_path / "in", tmp_path / "in", "fp8")
 
 
+def test_what_a_killed_run_may_leave_before_its_mark(tmp_path: Path) -> None:
+    published.write(tmp_path / "in", "mixtral")
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / f"{UNFINISHED}.partial").write_bytes(b"{")
+    quantize(tmp_path / "in", tmp_path / "out", "int8")
+    assert Checkpoint(tmp_path / "out").storage("model.layers.0.block_sparse_moe").format == "int8"
+
+
+def test_a_source_with_more_than_a_checkpoint_needs(tmp_path: Path) -> None:
+    """A link to nowhere is no file, and the metadata of an index may be anything."""
+    published.write(tmp_path / "in", "mixtral")
+    (tmp_path / "in" / "dangling").symlink_to(tmp_path / "nowhere")
+    index = json.loads((tmp_path / "in" / INDEX).read_text())
+    (tmp_path / "in" / INDEX).write_text(json.dumps({**index, "metadata": None}))
+    quantize(tmp_path / "in", tmp_path / "in" / "out", "int8")
+    written = json.loads((tmp_path / "in" / "out" / INDEX).read_text())
+    assert written["metadata"]["total_size"] > 0
+    assert written["weight_map"].keys() == Checkpoint(tmp_path / "in" / "out").tensors.keys()
+
+
+def test_targets_that_cannot_be_written(tmp_path: Path) -> None:
+    published.write(tmp_path / "in", "mixtral")
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(CheckpointError, match=r"file/out: cannot be written: .*Not a directory"):
+        quantize(tmp_path / "in", tmp_path / "file" / "out", "int8")
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / UNFINISHED).write_bytes(b"\xff")
+    with pytest.raises(CheckpointError, match="another source or format"):
+        quantize(tmp_path / "in", tmp_path / "out", "int8")
+
+
 def test_quantised_experts_and_numbers_that_are_none_are_refused(tmp_path: Path) -> None:
     published.write(tmp_path / "v3", "deepseek_v3")
     with pytest.raises(CheckpointError, match=r"experts\.0\..*expected dense experts, got fp8"):

@@ -262,5 +262,5 @@ def find_layers(entries: Mapping[str, Entry], sizes: Sizes) -> dict[str, Layer]:
 
 
 def _by_number(name: str) -> list[tuple[int, str]]:
-    """Sorts layers.2 before layers.10."""
-    return [(int(word), "") if word.isdecimal() else (-1, word) for word in name.split(".")]
+    """Sorts layers.2 before layers.10. What has more digits than a layer's number is a word."""
+    return [(int(word), "") if word.isdecimal() and len(word) < 10 else (-1, word) for word in name.split(".")]

@@ -68,6 +68,10 @@ class _Matrix(NamedTuple):
         return weight.data, weight.scale
 
 
+_Plan = list[Entry | _Matrix]
+_Shards = list[tuple[Path, _Plan]]
+
+
 def quantize(source: str | Path, target: str | Path, format: str, *, progress: bool | None = None) -> None:
     """Writes the checkpoint in `source` to the new folder `target`, with its experts in `format`.
 
@@ -82,13 +86,19 @@ def quantize(source: str | Path, target: str | Path, format: str, *, progress: b
 
     Raises:
         CheckpointError: the source is damaged or not dense, has widths or numbers that the format does not hold, or the
-            target is anything else than said, or its disk too small.
+            target is anything else than said, or cannot be written, or its disk is too small.
     """
     choice("checkpoint.quantize", "format", format, tuple(FORMATS))
-    source, target = Path(source), Path(target)
     checkpoint = Checkpoint(source, progress=progress)
     shards = _plan(checkpoint, parse(FORMATS[format]))
-    _begin(target, source, format)
+    try:
+        _write(checkpoint, Path(target), format, shards, progress)
+    except OSError as error:
+        fail(Path(target), f"cannot be written: {error}")
+
+
+def _write(checkpoint: Checkpoint, target: Path, format: str, shards: _Shards, progress: bool | None) -> None:
+    _begin(target, checkpoint.folder, format)
     with open(target / UNFINISHED, "rb") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -100,10 +110,6 @@ def quantize(source: str | Path, target: str | Path, format: str, *, progress: b
         for path, plan in bar(missing, len(missing), f"shards ({done} done before)" if done else "shards", progress):
             write_shard(target / path.name, _planned(plan), _convert(plan), read_header(path)[1])
         _finish(checkpoint, target, format, shards)
-
-
-_Plan = list[Entry | _Matrix]
-_Shards = list[tuple[Path, _Plan]]
 
 
 def _plan(checkpoint: Checkpoint, format: Format) -> _Shards:
@@ -165,19 +171,19 @@ def _convert(plan: _Plan) -> Iterator[tuple[str, Tensor]]:
 
 def _begin(target: Path, source: Path, format: str) -> None:
     """Makes the folder, or checks that it was left by the same run. The mark in it names source and format."""
-    files = sorted((path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in source.iterdir())
-    mark = json.dumps({"source": str(source.resolve()), "format": format, "files": files})
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        marked = target / UNFINISHED
+    stats = [(path.name, path.stat()) for path in source.iterdir() if path.is_file()]
+    files = sorted((name, stat.st_size, stat.st_mtime_ns) for name, stat in stats)
+    mark = json.dumps({"source": str(source.resolve()), "format": format, "files": files}).encode()
+    marked, partial = target / UNFINISHED, target / f"{UNFINISHED}.partial"
+    if target.exists() and (not target.is_dir() or any(path != partial for path in target.iterdir())):
         if not marked.is_file():
             fail(target, "exists and is not empty; nothing is overwritten")
-        if marked.read_text() != mark:
+        if marked.read_bytes() != mark:
             fail(marked, "was left by a run with another source or format, or the source changed since")
         return
     target.mkdir(parents=True, exist_ok=True)
-    partial = target / f"{UNFINISHED}.partial"
-    partial.write_text(mark)
-    partial.replace(target / UNFINISHED)
+    partial.write_bytes(mark)
+    partial.replace(marked)
 
 
 def _is_whole(path: Path, plan: _Plan) -> bool:
@@ -203,7 +209,8 @@ def _finish(checkpoint: Checkpoint, target: Path, format: str, shards: _Shards) 
             shutil.copyfile(path, target / path.name)
     if not (len(shards) == 1 and shards[0][0].name == SINGLE):
         index = checkpoint.folder / INDEX
-        metadata = parse_json(index, index.read_bytes(), INDEX).get("metadata", {})
+        given = parse_json(index, index.read_bytes(), INDEX).get("metadata")
+        metadata = given if isinstance(given, dict) else {}
         planned = {path.name: _planned(plan) for path, plan in shards}
         metadata["total_size"] = sum(one.nbytes for plan in planned.values() for one in plan.values())
         where = {name: file for file, plan in planned.items() for name in plan}

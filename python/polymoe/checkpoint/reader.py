@@ -82,7 +82,12 @@ class Checkpoint:
 
     def storage(self, layer: str) -> Storage:
         """How the layer's experts are stored."""
-        return self._layers[layer].storage
+        return self._layer(layer).storage
+
+    def _layer(self, name: str) -> Layer:
+        if name not in self._layers:
+            fail(self.folder, f"layer {name!r}: expected one of .layers, such as {self.layers[0]!r}")
+        return self._layers[name]
 
     def tensor(self, name: str) -> Tensor:
         """Any tensor of the checkpoint, memory-mapped."""
@@ -92,7 +97,7 @@ class Checkpoint:
 
     def expert(self, layer: str, index: int) -> ExpertWeights:
         """One expert. Where gate and up are stored apart, they are copied together; all else stays mapped."""
-        found = self._layers[layer]
+        found = self._layer(layer)
         if not 0 <= index < self.num_experts:
             raise IndexError(f"polymoe.checkpoint: expert: expected 0 to {self.num_experts - 1}, got {index}")
         if found.fused:
@@ -101,7 +106,7 @@ class Checkpoint:
 
     def load(self, layer: str) -> ExpertWeights:
         """All experts of a layer, stacked: one expert's memory beside the result's."""
-        found = self._layers[layer]
+        found = self._layer(layer)
         if found.fused:
             return _weights(found, lambda entry: entry.read().clone(), None)
         stacked: ExpertWeights | None = None
@@ -225,12 +230,13 @@ def _sizes(path: Path, config: dict[str, Any]) -> Sizes:
         fail(path, "text_config is not a table")
 
     def size(*names: str) -> int:
-        values = [text[name] for name in names if text.get(name) is not None]
-        if not values:
+        found = [name for name in names if text.get(name) is not None]
+        if not found:
             fail(path, f"expected one of {', '.join(names)}")
-        if type(values[0]) is not int or not 1 <= values[0] < 2**31:
-            fail(path, f"{names[0]}: expected a positive size, got {str(values[0])[:80]!r}")
-        return values[0]
+        value = text[found[0]]
+        if type(value) is not int or not 1 <= value < 2**31:
+            fail(path, f"{found[0]}: expected a positive size, got {str(value)[:80]!r}")
+        return value
 
     quantization = config.get("quantization_config") or text.get("quantization_config") or {}
     block = quantization.get("weight_block_size") if isinstance(quantization, dict) else None
