@@ -361,6 +361,42 @@ def test_a_backward_computes_what_is_asked_for(backend: str, seed: int) -> None:
                 assert args["need_weights"] == ("weights" in wanted), wanted
 
 
+@pytest.mark.parametrize("recompute", [False, True], ids=["saved", "recomputed"])
+@pytest.mark.parametrize("placement", ["output", "activation", "input"])
+@pytest.mark.parametrize("weights", ["plain", "transposed", "mxfp4", "adapted"])
+def test_no_gradient_of_experts_reads_what_a_tensor_holds(weights: str, placement: str, recompute: bool) -> None:
+    """Tensors without data, on every path between the ops: a GPU would not wait for the host, and graphs capture it."""
+
+    def empty(*shape: int, dtype: torch.dtype = torch.float32, wanted: bool = True) -> Tensor:
+        return torch.empty(*shape, dtype=dtype, device="meta", requires_grad=wanted)
+
+    T, H, I, E, K, r = 6, 64, 32, 4, 2, 3
+    frozen = weights in ("mxfp4", "adapted")
+    x, routing_weights, ids = empty(T, H), empty(T, K), empty(T, K, dtype=torch.int32, wanted=False)
+    options: dict[str, Any] = {"weight_placement": placement, "recompute": recompute}
+    options |= {"down_bias": empty(E, H, wanted=weights != "adapted")}
+    options |= {"gate_up_bias": empty(E, 2 * I, wanted=weights != "adapted")}
+    shapes = [(E, 2 * I, H), (E, H, I)]
+    if weights == "mxfp4":
+        stored = [polymoe.formats.Mxfp4().quantize(torch.ones(shape)) for shape in shapes]
+        projections = [weight.data.to("meta") for weight in stored]
+        options |= {"weight_format": "mxfp4", "gate_up_scale": stored[0].scale.to("meta")}
+        options |= {"down_scale": stored[1].scale.to("meta")}
+    else:
+        projections = [empty(*shape, wanted=not frozen) for shape in shapes]
+    if weights == "transposed":
+        projections, options["transposed"] = [empty(E, H, 2 * I), empty(E, I, H)], True
+    if weights == "adapted":
+        options |= {"gate_up_lora_a": empty(E, r, H), "gate_up_lora_b": empty(E, 2 * I, r)}
+        options |= {"down_lora_a": empty(E, r, I), "down_lora_b": empty(E, H, r)}
+    out = polymoe.experts(x, *projections, routing_weights, ids, **options)
+    out.backward(torch.empty_like(out))
+    for leaf in (x, routing_weights, *projections, *options.values()):
+        if isinstance(leaf, Tensor) and leaf.requires_grad:
+            assert leaf.grad is not None
+            assert (leaf.grad.shape, leaf.grad.dtype, leaf.grad.device) == (leaf.shape, leaf.dtype, leaf.device)
+
+
 @pytest.fixture
 def fresh_dynamo() -> Iterator[None]:
     torch._dynamo.reset()
