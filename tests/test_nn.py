@@ -332,6 +332,15 @@ BAD: dict[str, Callable[[], object]] = {
     "nn.Router: vocab_size": lambda: Router(H, E, K, vocab_size=0),
     "nn.Router: selection_bias": lambda: Router(H, E, K, vocab_size=V, selection_bias=True),
     "nn.Router: n_group": lambda: Router(H, E, K, vocab_size=V, n_group=4),
+    "nn.Router: n_group: expected a divisor": lambda: Router(H, E, K, n_group=E - 1),
+    "nn.Router: topk_group": lambda: Router(H, E, K, n_group=2, topk_group=3),
+    "nn.Router: top_k: expected at most": lambda: Router(H, E, E, n_group=2, group_top=1),
+    "nn.Router: x: expected float32": lambda: Router(H, E, K)(torch.ones(2, H).long()),
+    "nn.Router: x: expected a tensor": lambda: Router(H, E, K)(torch.ones(2, H + 1)),
+    "nn.Router: token_ids: expected int32 or int64": lambda: make("deepseek_v4_hash")(torch.ones(2, H), torch.ones(2)),
+    "nn.Router: token_mask: expected bool": lambda: make("deepseek_v4_hash")(
+        torch.ones(2, H), torch.zeros(2).int(), torch.ones(2)
+    ),
     "nn.Router: token_ids: expected token ids": lambda: make("deepseek_v4_hash")(torch.randn(5, H)),
     "nn.Router: token_ids: expected a tensor": lambda: make("deepseek_v4_hash")(
         torch.randn(5, H), torch.zeros(4).int()
@@ -341,6 +350,7 @@ BAD: dict[str, Callable[[], object]] = {
     "nn.Experts: limit": lambda: Experts(E, H, I, activation="swiglu_clamped"),
     "nn.Experts: interleaved": lambda: Experts(E, H, I, activation="relu", interleaved=True),
     "nn.Experts: weight_placement": lambda: Experts(E, H, I, weight_placement="gate"),
+    "nn.MoE: x": lambda: make("qwen3_next")(torch.tensor(1.0)),
     "nn.MoE: router": lambda: MoE(Router(H, E + 1, K), Experts(E, H, I)),
     "nn.MoE: experts": lambda: MoE(Router(H, E, K), Experts(E, LATENT, I)),
     "nn.MoE: identity_experts": lambda: MoE(Router(H, E - 1, K), Experts(E, H, I), identity_experts=-1),

@@ -145,6 +145,14 @@ def test_whole_layers(seed: int) -> None:
     assert built.shared.experts.gate_up.dtype == torch.float32
 
 
+def test_experts_that_stand_in_two_places_stay_one() -> None:
+    experts = Experts(E, H, I)
+    module = nn.ModuleDict({"first": experts, "inner": nn.ModuleDict({"second": experts}), "again": experts})
+    quantize_(module, "int8")
+    assert isinstance(module["first"], QuantizedExperts)
+    assert module["first"] is module["again"] is module["inner"]["second"]
+
+
 def quantized(form: str, *shape: int) -> Weight:
     return parse(form).quantize(torch.randn(shape))
 

@@ -143,6 +143,7 @@ class MoE(nn.Module):
 
         A masked token gets nothing from the routed and identity experts; the shared expert sees every token.
         """
+        expect(x.dim() > 0, "MoE", "x", "a tensor [..., H]", "one without dimensions")
         tokens = x.reshape(-1, x.shape[-1])
         flat_ids = None if token_ids is None else token_ids.reshape(-1)
         flat_mask = None if token_mask is None else token_mask.reshape(-1)

@@ -179,12 +179,16 @@ def quantize_(module: nn.Module, weight_format: str, mode: str = "weight_only") 
     found = [
         (parent, name)
         for parent in module.modules()
-        for name, child in parent.named_children()
+        for name, child in parent._modules.items()
         if isinstance(child, Experts)
     ]
     expect(bool(found), "quantize_", "module", "a module that holds Experts", type(module).__name__)
+    made: dict[int, QuantizedExperts] = {}  # experts that stand in several places stay one
     for parent, name in found:
-        setattr(parent, name, QuantizedExperts.quantize(getattr(parent, name), weight_format, mode))
+        key = id(getattr(parent, name))
+        if key not in made:
+            made[key] = QuantizedExperts.quantize(getattr(parent, name), weight_format, mode)
+        setattr(parent, name, made[key])
     return module
 
 

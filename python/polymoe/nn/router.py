@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from polymoe import ops
 from polymoe.nn.linear import expect, linear, uniform_by_fan_in
 from polymoe.ops import _check as check_that
-from polymoe.ops.gate import RENORMALIZE, SCORINGS
+from polymoe.ops.gate import RENORMALIZE, SCORINGS, check_groups
 
 
 def _in_backward() -> bool:
@@ -75,6 +75,7 @@ class Router(nn.Module):
             expect(vocab_size >= 1, "Router", "vocab_size", "at least 1", vocab_size)
             expect(not selection_bias, "Router", "selection_bias", "False with a vocab_size (hash routing)", True)
             expect(n_group == 1, "Router", "n_group", "1 with a vocab_size (hash routing)", n_group)
+        check_groups("nn.Router", "top_k", top_k, num_experts, n_group, topk_group, group_top)
         self.hidden_size = hidden_size
         self.num_experts = num_experts
         self.top_k = top_k
@@ -126,6 +127,8 @@ class Router(nn.Module):
 
     def logits(self, x: Tensor) -> Tensor:
         """x [T,H] -> logits [T,E], f32 (f64 if x or the weight is f64)."""
+        check_that.dtype("nn.Router", "x", x, check_that.FLOATS)
+        check_that.shape("nn.Router", "x", x, {"T": None, "H": self.hidden_size})
         dtype = torch.promote_types(x.dtype, self.weight.dtype)
         out_dtype = torch.promote_types(dtype, torch.float32)
         bias = None if self.bias is None else self.bias.to(out_dtype)
@@ -140,10 +143,10 @@ class Router(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """Routes T tokens.
 
-        x: [T,H], any float dtype. token_ids: [T] integer, in [0, V): needed by hash routing, not looked at by a router
-        without a table, so that a model can hand it to every layer. token_mask: [T] bool; False gives a row of ids -1
-        and weights 0, whatever its token id. indices: [T,K] integer, experts chosen by the caller (replay of a
-        rollout); only the weights are computed then.
+        x: [T,H], any float dtype. token_ids: [T] i32 or i64, in [0, V): needed by hash routing, not looked at by a
+        router without a table, so that a model can hand it to every layer. token_mask: [T] bool; False gives a row of
+        ids -1 and weights 0, whatever its token id. indices: [T,K] i32 or i64, experts chosen by the caller (replay of
+        a rollout); only the weights are computed then.
 
         Returns (weights [T,K] f32, or f64 with f64 logits; ids [T,K] i32).
         Raises ValueError if hash routing lacks token_ids or a shape does not fit.
@@ -175,8 +178,11 @@ class Router(nn.Module):
         assert self.tid2eid is not None
         if token_ids is None:
             check_that.fail("nn.Router", "token_ids", "token ids [T] for hash routing", None)
+        check_that.dtype("nn.Router", "token_ids", token_ids, check_that.IDS)
         check_that.shape("nn.Router", "token_ids", token_ids, {"T": x.shape[0]})
         if token_mask is not None:
+            check_that.dtype("nn.Router", "token_mask", token_mask, (torch.bool,))
+            check_that.shape("nn.Router", "token_mask", token_mask, {"T": x.shape[0]})
             token_ids = token_ids.masked_fill(~token_mask, 0)  # masked tokens may carry any id, such as -100
         return self.tid2eid.index_select(0, token_ids)
 

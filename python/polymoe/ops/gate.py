@@ -37,7 +37,7 @@ def check(
         check_that.fail(op, "k", f"1 <= k <= E = {E}", k)
     check_that.choice(op, "scoring", scoring, SCORINGS)
     check_that.choice(op, "renormalize", renormalize, RENORMALIZE)
-    _check_groups(k, E, n_group, topk_group, group_top)
+    check_groups(op, "k", k, E, n_group, topk_group, group_top)
     if bias is not None:
         check_that.dtype(op, "bias", bias, _bias_dtypes(logits))
         check_that.shape(op, "bias", bias, {"E": E})
@@ -60,8 +60,7 @@ def _bias_dtypes(logits: Tensor) -> tuple[torch.dtype, ...]:
     return (torch.float32, torch.float64) if logits.dtype == torch.float64 else (torch.float32,)
 
 
-def _check_groups(k: int, E: int, n_group: int, topk_group: int, group_top: int) -> None:
-    op = "gate"
+def check_groups(op: str, k_name: str, k: int, E: int, n_group: int, topk_group: int, group_top: int) -> None:
     if n_group < 1 or E % n_group != 0:
         check_that.fail(op, "n_group", f"a divisor of E = {E}", n_group)
     if not 1 <= topk_group <= n_group:
@@ -72,7 +71,7 @@ def _check_groups(k: int, E: int, n_group: int, topk_group: int, group_top: int)
     if not 1 <= group_top <= size:
         check_that.fail(op, "group_top", f"1 <= group_top <= E / n_group = {size}", group_top)
     if k > topk_group * size:
-        check_that.fail(op, "k", f"at most the {topk_group * size} experts of the topk_group groups kept", k)
+        check_that.fail(op, k_name, f"at most the {topk_group * size} experts of the topk_group groups kept", k)
 
 
 def fake(logits: Tensor, k: int, *options: object) -> tuple[Tensor, Tensor]:
