@@ -67,7 +67,7 @@ def _run(given: argparse.Namespace) -> int:
     status = 0
     if "quantized" in given.ops:  # its cells hold many weights, each with a bound of its own
         given.ops.remove("quantized")
-        status = bench_quantized.run_options(options(given), given.report)
+        status = bench_quantized.run_command(given)
         if not given.ops:
             return status
     return max(status, run([bench_of(op) for op in given.ops or OPS], options(given), given))

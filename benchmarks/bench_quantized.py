@@ -32,7 +32,7 @@ import polymoe
 from benchmarks import bounds, inputs
 from benchmarks._case import Seen, cold
 from benchmarks._harness import Probes, cpu_name, isa_level, torch_threads
-from benchmarks._options import Options, supported_levels
+from benchmarks._options import options, supported_levels
 from benchmarks._progress import say
 from benchmarks._report import markdown, other_cpu
 from benchmarks._timing import FULL, QUICK, Call, Effort, OtherCpuUse, rounds, timing
@@ -386,12 +386,26 @@ def run(every: Sequence[Cells], out: Path | None) -> int:
     return int(wrong)
 
 
-def run_options(given: Options, report: str | None) -> int:
-    """`python -m benchmarks run quantized`."""
+def run_command(given: argparse.Namespace) -> int:
+    """`python -m benchmarks run quantized`: at the best ISA level unless others are given."""
+    refused = {
+        "--dtype": given.dtype != ["bf16"],
+        "--device": given.device != "cpu",
+        "--contenders": given.contenders not in ([], ["eager"]),
+        **{f"--{name}": getattr(given, name) for name in ("backend", "check", "json", "out", "silent")},
+    }
+    words = [word for word, is_given in refused.items() if is_given]
+    if words:
+        raise SystemExit(f"benchmarks: quantized has no use for {', '.join(words)}; run it by itself, without")
+    wanted, report = options(given), given.report
     kept, out = (Path(f"{report}{suffix}") for suffix in (".jsonl", ".md")) if report else (None, None)
-    shared = (given.seed, given.effort, not given.contenders, given.probe_mib, kept)
-    level = given.levels[-1]
-    return run([Cells(given.shapes, given.tokens, FORMATS, threads, level, *shared) for threads in given.threads], out)
+    shared = (wanted.seed, wanted.effort, not given.contenders, wanted.probe_mib, kept)
+    every = [
+        Cells(wanted.shapes, wanted.tokens, FORMATS, threads, level, *shared)
+        for level in given.isa or wanted.levels[-1:]
+        for threads in wanted.threads
+    ]
+    return run(every, out)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

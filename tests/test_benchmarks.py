@@ -133,6 +133,8 @@ def test_quantised_weights_by_the_command(tmp_path: Path, capsys: pytest.Capture
     printed = capsys.readouterr().out
     assert all(f"| **{name}** |" in printed for name in ("mxfp4, int8_g128", "fp8_block128", "int4_g32"))
     assert (tmp_path / "page.md").read_text().endswith(printed[:-1])
+    with pytest.raises(SystemExit, match=r"quantized has no use for --dtype, --contenders, --json; "):
+        command.main(["run", *words[:-1], "zentorch", "--dtype", "f32", "--json"])
 
 
 def test_speeds_that_stand_in() -> None:
