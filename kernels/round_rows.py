@@ -9,6 +9,7 @@ import triton.language as tl
 from torch import Tensor
 
 from polymoe.kernels._launch import OPTIONS, cdiv, extent, index_type, tile
+from polymoe.kernels.codes import nearest, to_e4m3
 
 GROUP = 32  # elements that share a scale
 COLUMNS = 1024  # at most, of a tile
@@ -52,7 +53,6 @@ def round_rows(x: Tensor, codes_of: str) -> tuple[Tensor, Tensor]:
 
 
 SMALLEST = tl.constexpr(2.0**-119)  # 127 / it is finite
-TO_INTEGER = tl.constexpr(1.5 * 2.0**23)  # next to it float32 numbers are integers
 INFINITY = tl.constexpr(0x7F800000)
 SMALLEST_SCALED = tl.constexpr(0x04E00000)  # 448 * 2**-126
 
@@ -63,8 +63,7 @@ def _int8(values, bits):
     finite = bits < INFINITY
     largest = tl.maximum(tl.where(finite, bits, 0).to(tl.float32, bitcast=True), SMALLEST)
     scaled = tl.where(finite[:, :, None], values * tl.div_rn(127.0, largest)[:, :, None], 0.0)
-    rounded = (scaled + TO_INTEGER) - TO_INTEGER
-    return rounded.to(tl.int8), tl.where(finite, tl.div_rn(largest, 127.0), float("nan"))
+    return nearest(scaled).to(tl.int8), tl.where(finite, tl.div_rn(largest, 127.0), float("nan"))
 
 
 @triton.jit
@@ -76,12 +75,7 @@ def _e4m3(values, bits):
     exponent = (largest >> 23) - 8 + ((largest & 0x7FFFFF) > 0x600000).to(tl.int32)
     factor = ((254 - exponent) << 23).to(tl.float32, bitcast=True)
     scaled = tl.where(finite[:, :, None], values * factor[:, :, None], 0.0)
-    number = scaled.to(tl.int32, bitcast=True)
-    magnitude = number & 0x7FFFFFFF
-    normal = ((magnitude + 0x7FFFF + ((magnitude >> 20) & 1)) >> 20) - (120 << 3)  # the biases differ by 120
-    subnormal = (magnitude.to(tl.float32, bitcast=True) * 512.0 + TO_INTEGER) - TO_INTEGER
-    code = tl.where(magnitude < 0x3C800000, subnormal.to(tl.int32), normal)  # below 2**-6
-    return (code | ((number >> 24) & 0x80)).to(tl.uint8), tl.where(finite, exponent, 255).to(tl.uint8)
+    return to_e4m3(scaled), tl.where(finite, exponent, 255).to(tl.uint8)
 
 
 @triton.jit(do_not_specialize=["S"])
