@@ -19,6 +19,7 @@ from torch import Tensor
 import polymoe
 from polymoe import reference
 from polymoe.backends import triton
+from polymoe.formats import Int8, Mxfp8
 from polymoe.hal.problem import OPS, Backend, Problem
 from polymoe.hal.registry import all_backends, register_backend, unregister_backend
 from polymoe.hal.select import select, serving
@@ -183,6 +184,23 @@ def test_an_answer_that_is_none_declines(
     with pytest.raises(ValueError, match=rf"got 'faulty': {reason}"):
         combine(backend="faulty")
     assert re.fullmatch(reason, polymoe.explain("combine", Y).not_chosen["faulty"])
+
+
+def test_a_backend_may_quantise(toy: ToyBackend) -> None:
+    """Where it does not, or is not asked for, polymoe.formats does."""
+
+    def quantize(weight: Tensor, weight_format: str, scale_dtype: torch.dtype, zero_points: bool) -> tuple[Any, ...]:
+        assert (weight_format, scale_dtype, zero_points) == ("int8", torch.float32, False)
+        return torch.full(weight.shape, 100, dtype=torch.int8), torch.ones(weight.shape[:-1]), None
+
+    def supports(op: str, problem: Problem) -> str | None:
+        return None if op == "quantize" and problem.option["weight_format"] == "int8" else f"it has no {op}"
+
+    toy.supports, toy.implementation = supports, lambda op: quantize  # type: ignore[method-assign]
+    with polymoe.use_backend("toy"):
+        assert (Int8().quantize(Y).data == 100).all()
+        assert Mxfp8().quantize(Y).data.float().unique() == 256  # 1 by the scale 2^-8
+    assert (Int8().quantize(Y).data == 127).all()
 
 
 def test_decisions_follow_registration() -> None:

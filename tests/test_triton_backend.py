@@ -7,7 +7,8 @@ import torch
 
 import polymoe
 from polymoe.backends import triton
-from polymoe.hal.problem import OPS, Problem
+from polymoe.formats import FORMATS
+from polymoe.hal.problem import FORMAT_OPS, OPS, Problem
 from polymoe.hal.select import declined
 
 BF16 = torch.bfloat16
@@ -22,7 +23,8 @@ def installed(monkeypatch):
 
 def test_every_op_has_a_kernel_file():
     assert set(triton.KERNELS) == set(OPS)
-    for op in triton.KERNELS:
+    assert set(triton.FORMAT_KERNELS) == set(FORMAT_OPS)
+    for op in triton.KERNELS + triton.FORMAT_KERNELS:
         assert importlib.util.find_spec(f"polymoe.kernels.{op}") is not None
 
 
@@ -34,6 +36,13 @@ def test_it_serves_gpus_in_every_dtype_but_float64(device_type, installed):
         assert declined(backend, op.problem(device_type, torch.float64)) == (
             "its kernels compute in float32; float64 is for the cpu and reference backends"
         )
+
+
+@pytest.mark.parametrize("device_type", ["cuda", "xpu"])
+def test_it_quantises_on_gpus(device_type, installed):
+    for name in FORMATS:
+        for dtype in (torch.float32, BF16, torch.float16):
+            assert declined(backend, Problem("quantize", device_type, dtype, (name,))) is None
 
 
 def test_without_triton_it_says_so(monkeypatch):

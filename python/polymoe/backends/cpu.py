@@ -23,7 +23,8 @@ class CpuBackend:
     def supports(self, op: str, problem: Problem) -> str | None:
         if extension is None:
             return missing_reason
-        if not torch._C._dispatch_has_kernel_for_dispatch_key(f"polymoe::{op}", "CPU"):
+        known = hasattr(torch.ops.polymoe, op)
+        if not known or not torch._C._dispatch_has_kernel_for_dispatch_key(f"polymoe::{op}", "CPU"):
             return f"the C++ extension has no kernel for {op}"
         weight_format = problem.option.get("weight_format", "plain")
         if weight_format in importlib.import_module("polymoe.formats").FORMATS:  # by name: it imports the ops

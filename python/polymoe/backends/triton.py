@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 # Each is the function of that name in the module of that name in kernels/.
 KERNELS = ("activate", "combine", "dispatch", "experts", "gate", "grouped_mm", "plan")
 GRADIENT_KERNELS = ("activate_backward", "down_backward", "gate_backward", "quantized_backward", "row_dot")
+FORMAT_KERNELS = ("quantize",)
 
 # Triton decides between compiler and interpreter where a kernel is defined, so it is decided once here too.
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "yes", "on", "y")
@@ -34,7 +35,7 @@ class TritonBackend:
     batch_invariant = True
 
     def supports(self, op: str, problem: Problem) -> str | None:
-        if op not in KERNELS + GRADIENT_KERNELS:
+        if op not in KERNELS + GRADIENT_KERNELS + FORMAT_KERNELS:
             return f"there is no Triton kernel for {op}"
         if find_spec("triton") is None:
             return "triton is not installed"

@@ -1,6 +1,7 @@
 """How weights are stored: one class for each quantised format, and the packing of dense weights for the CPU.
 
-A class quantises and dequantises in plain PyTorch, on any device, and its docstring says where every bit lies:
+A class quantises and dequantises in plain PyTorch, on any device, and its docstring says where every bit lies. On a GPU
+a Triton kernel quantises, to the same bits:
 
     weight = polymoe.formats.Mxfp4().quantize(dense)            # a Weight: data, scale, zero, format, N, D
     polymoe.formats.parse(weight.format).dequantize(weight)

@@ -53,7 +53,7 @@ class Fp8Block(Format):
     def codes(self, weight: Weight) -> Tensor:
         return weight.data.float()
 
-    def _encode(self, weight: Tensor) -> tuple[Tensor, Tensor, None]:
+    def encode(self, weight: Tensor) -> tuple[Tensor, Tensor, None]:
         scale = self.largest(weight).clamp(min=self.FLOOR) / E4M3_MAX
         if self.scale_dtype == torch.float8_e8m0fnu:
             exponent = round_up_to_e8m0(scale)
@@ -76,12 +76,13 @@ class Mxfp8(Format):
     block = (1, 32)
     data_dtypes = (torch.float8_e4m3fn,)
     scale_dtypes = EXPONENTS
+    scale_dtype = EXPONENTS[0]
     modes = (MODES[0], "fp8")
     FLOOR = E4M3_MAX * 2.0**-126
 
     def codes(self, weight: Weight) -> Tensor:
         return weight.data.float()
 
-    def _encode(self, weight: Tensor) -> tuple[Tensor, Tensor, None]:
+    def encode(self, weight: Tensor) -> tuple[Tensor, Tensor, None]:
         scale = round_up_to_e8m0(self.largest(weight).clamp(min=self.FLOOR) / E4M3_MAX)
         return to_e4m3(weight / self.spread(scale.float(), *weight.shape[-2:])), scale, None

@@ -35,7 +35,7 @@ class Int8(Format):
     def codes(self, weight: Weight) -> Tensor:
         return weight.data.float()
 
-    def _encode(self, weight: Tensor) -> tuple[Tensor, Tensor, None]:
+    def encode(self, weight: Tensor) -> tuple[Tensor, Tensor, None]:
         scale = (self.largest(weight) / 127).clamp(min=_SMALLEST)
         return (weight / self.spread(scale, *weight.shape[-2:])).round().clamp(-127, 127).to(torch.int8), scale, None
 
@@ -85,7 +85,7 @@ class Int4(Format):
     def check_zero(self, op: str, name: str, zero: Tensor) -> None:
         check_that.dtype(op, name, zero, (torch.uint8,))
 
-    def _encode(self, weight: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+    def encode(self, weight: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         N, D = weight.shape[-2:]
         if not self.zero_points:
             scale = (self.largest(weight) / 7).clamp(min=_SMALLEST)

@@ -37,6 +37,7 @@ class Mxfp4(Format):
     block = (1, 32)
     data_dtypes = (torch.uint8, torch.int8)
     scale_dtypes = EXPONENTS
+    scale_dtype = EXPONENTS[0]
     codes_per_byte = 2
     modes = MODES
     FLOOR = E2M1_MAX * 2.0**-126
@@ -44,7 +45,7 @@ class Mxfp4(Format):
     def codes(self, weight: Weight) -> Tensor:
         return from_e2m1(unpack_nibbles(weight.data, weight.D))
 
-    def _encode(self, weight: Tensor) -> tuple[Tensor, Tensor, None]:
+    def encode(self, weight: Tensor) -> tuple[Tensor, Tensor, None]:
         scale = round_up_to_e8m0(self.largest(weight).clamp(min=self.FLOOR) / E2M1_MAX)
         return pack_nibbles(to_e2m1(weight / self.spread(scale.float(), *weight.shape[-2:]))), scale, None
 

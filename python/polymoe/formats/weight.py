@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 
 from polymoe.formats.codes import from_e8m0
+from polymoe.hal.problem import FORMAT_OPS, OpSpec
+from polymoe.hal.select import kernel_of
 from polymoe.ops import _check as check_that
 
 SOURCES = (torch.float32, torch.bfloat16, torch.float16)
@@ -81,6 +83,8 @@ class Format(ABC):
 
     name   as in the `weight_format` argument of polymoe.experts
     block  rows and columns that share a scale; None: the whole row
+    scale_dtype, zero_points
+           that `quantize` gives
     modes  that polymoe.experts and polymoe.grouped_mm compute with: those of integers are for codes that are small
            integers, up to a factor; "fp8" is for the microscaling formats
     """
@@ -92,9 +96,12 @@ class Format(ABC):
 
     name: str
     block: tuple[int, int | None]
+    scale_dtype: torch.dtype = torch.float32
+    zero_points: bool = False
 
     def quantize(self, weight: Tensor) -> Weight:
-        """Quantises a weight [..., N, D] of float32, bfloat16 or float16.
+        """Quantises a weight [..., N, D] of float32, bfloat16 or float16, by a kernel where the backend of its device
+        has one.
 
         Raises:
             ValueError: another dtype, fewer than two dimensions, or infinity or NaN among the elements.
@@ -104,7 +111,11 @@ class Format(ABC):
             check_that.fail("formats", "weight", "a tensor [..., N, D]", check_that.describe(weight))
         if not weight.isfinite().all():
             check_that.fail("formats", "weight", "finite elements", "infinity or NaN")
-        data, scale, zero = self._encode(weight.float())
+        kernel = kernel_of("quantize", weight, (self.name,), like="grouped_mm") if weight.numel() > 0 else None
+        if kernel is None:
+            data, scale, zero = self.encode(weight.float())
+        else:
+            data, scale, zero = kernel(weight, self.name, self.scale_dtype, self.zero_points)
         return Weight(data, scale, zero, self.name, *weight.shape[-2:])
 
     def dequantize(self, weight: Weight, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -118,8 +129,8 @@ class Format(ABC):
         """[..., N, D] float32: what the codes stand for, before the scale and after the zero point."""
 
     @abstractmethod
-    def _encode(self, weight: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-        """data, scale and zero of a finite float32 weight."""
+    def encode(self, weight: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """data, scale and zero of a finite float32 weight, in plain PyTorch: what kernels must give to the bit."""
 
     def scales(self, weight: Weight) -> Tensor:
         """[..., N, D] float32: the scale of every element."""
@@ -176,3 +187,6 @@ class Format(ABC):
         """The largest magnitude in every block, in the shape of `scale`."""
         found = self.blocks(weight.abs()).amax(-1)
         return found.squeeze(-1) if self.block[1] is None else found
+
+
+FORMAT_OPS["quantize"] = OpSpec("quantize", "weight", {"weight_format": ""}, Format.quantize)

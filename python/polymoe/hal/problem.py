@@ -68,7 +68,8 @@ class OpSpec:
 OPS: dict[str, OpSpec] = {}  # what users call
 GRADIENT_OPS: dict[str, OpSpec] = {}  # of gradients alone; the reference serves what a backend leaves out
 COMPOSED_OPS: dict[str, OpSpec] = {}  # made of others on the backend of the call; no backend has kernels for them
+FORMAT_OPS: dict[str, OpSpec] = {}  # of polymoe.formats, whose plain PyTorch serves what a backend leaves out
 
 
 def spec_of(op: str) -> OpSpec:
-    return OPS[op] if op in OPS else GRADIENT_OPS[op]
+    return next(specs[op] for specs in (OPS, GRADIENT_OPS, FORMAT_OPS) if op in specs)

@@ -7,14 +7,15 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import TracebackType
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from polymoe.hal import registry
-from polymoe.hal.problem import Backend, Problem, spec_of
+from polymoe.hal.problem import OPS, Backend, Problem, spec_of
 
 ENVIRONMENT_VARIABLE = "POLYMOE_BACKEND"
 _environment: str | None = os.environ.get(ENVIRONMENT_VARIABLE) or None
@@ -109,6 +110,16 @@ def choose(op: str, device_type: str, dtype: torch.dtype, options: tuple[str, ..
     if chosen is None:
         chosen = _decisions[key] = decide(Problem(op, device_type, dtype, options), requested)
     return chosen
+
+
+def kernel_of(op: str, subject: Tensor, options: tuple[str, ...], like: str) -> Callable[..., Any] | None:
+    """For one of FORMAT_OPS: the kernel of the backend that is asked for or else serves the op `like` on this device;
+    None if it has none."""
+    name = requested_by(None)[0] or choose(*OPS[like].problem(subject.device.type, subject.dtype), None)
+    backend = registry.find(name)
+    if backend is None or declined(backend, Problem(op, subject.device.type, subject.dtype, options)) is not None:
+        return None
+    return backend.implementation(op)
 
 
 def requested_by(backend: str | None) -> tuple[str | None, str]:

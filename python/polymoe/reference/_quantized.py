@@ -33,11 +33,12 @@ def in_int8(rows: Tensor, group: int) -> Tensor:
 def in_fp8(rows: Tensor) -> Tensor:
     """The rows [..., D] as the mode "fp8" multiplies them: as polymoe.formats.Mxfp8 rounds them; a group that holds
     infinity or NaN becomes NaN."""
-    from polymoe.formats import Mxfp8  # see `expert`
+    from polymoe.formats import Mxfp8, Weight  # see `expert`
 
     rows = rows.float()
     finite = rows.isfinite()
     format, D = Mxfp8(), rows.shape[-1]
-    weight = format.quantize(rows.where(finite, 0).reshape(-1, D))
+    encoded = format.encode(rows.where(finite, 0).reshape(-1, D))
+    weight = Weight(*encoded, format.name, encoded[0].shape[0], D)
     spoilt = format.spread(format.largest((~finite).float().reshape(-1, D)), *weight.shape) > 0
     return format.dequantize(weight, torch.float64).masked_fill(spoilt, torch.nan).view(rows.shape)
