@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from polymoe.formats import parse
+from polymoe import formats
+from polymoe.formats import Fp8Block, Int4, parse
 
 DTYPES = {"bf16": torch.bfloat16, "f16": torch.float16, "tf32": torch.float32, "f32": torch.float32}
 # Tokens of a batch, from decode to a long prefill: enough to come by every height of a tile.
@@ -204,6 +205,20 @@ def _quantized(model: Model, T: int, dtype: torch.dtype, name: str, mode: str = 
     return Call(f"experts {name} {mode}", model.name, T, run, 2.0 * S * (model.up + model.I) * model.H, stored + rows)
 
 
+def _quantize(model: Model, T: int, dtype: torch.dtype, format: formats.Format) -> Call:
+    """The gate and up weights as codes."""
+    weight = meta(model.E, model.up, model.H, dtype=dtype)
+    if model.transposed:
+        weight = meta(model.E, model.H, model.up, dtype=dtype).mT
+    form = (format.name, format.scale_dtype, format.zero_points)
+    variant = ("" if format.scale_dtype == format.scale_dtypes[0] else " e8m0") + " zero points" * format.zero_points
+    stored = sum(part.nbytes for part in _stored(format.name, *weight.shape))
+    return Call(
+        f"quantize {format.name}{variant}", model.name, T, lambda: op("quantize")(weight, *form),
+        0, weight.nbytes + stored,
+    )  # fmt: skip
+
+
 def backward(model: Model, T: int, dtype: torch.dtype) -> Iterator[Call]:
     """The other forms of grouped_mm: the gradients of the inputs and of the weights, and a batch of products."""
     S, size = T * model.K, dtype.itemsize
@@ -283,6 +298,11 @@ FORMATS = {
 }
 ROUNDED = (("mxfp4", "int8"), ("int8", "int8"), ("mxfp4", "fp8"), ("mxfp8", "fp8"))  # formats and modes that round rows
 
+# Of weights as they are quantised: every way there is, from bf16.
+QUANTIZERS = (*formats.FORMATS.values(), Fp8Block(32, torch.float8_e8m0fnu), Fp8Block(128, torch.float8_e8m0fnu),
+              Int4(128, zero_points=True))  # fmt: skip
+FEW_QUANTIZERS = tuple(map(parse, ("mxfp4", "fp8_block128", "int8")))
+
 
 def calls(model: Model, T: int, arithmetic: str) -> list[Call]:
     """What is compiled for a model. bf16 stands for the other arithmetics where only the model differs; small ops and
@@ -297,6 +317,9 @@ def calls(model: Model, T: int, arithmetic: str) -> list[Call]:
         found += [_quantized(model, T, dtype, name, mode) for name, mode in ROUNDED]
     if T in FEW_TOKENS and arithmetic in ("bf16", "f32"):
         found += [_quantized_backward(model, T, dtype, name) for name in names]
+    if T == 1 and model.name in LAYOUTS and arithmetic != "tf32":  # no weight depends on the batch
+        all_of_them = model.name == LAYOUTS[0] and arithmetic == "bf16"
+        found += [_quantize(model, T, dtype, form) for form in (QUANTIZERS if all_of_them else FEW_QUANTIZERS)]
     # As tf32 the instructions of sm_90 and sm_100 cannot read weights in this order.
     found += [_down_backward(model, T, dtype)] if model.name in VARIETY and arithmetic != "tf32" else []
     if T in FEW_TOKENS and arithmetic in ("bf16", "f32"):
