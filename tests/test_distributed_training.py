@@ -8,7 +8,9 @@ import textwrap
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
+from zoo import FAMILIES
 
 from polymoe.testing.tolerances import relative_frobenius
 
@@ -66,71 +68,37 @@ PROGRAM = textwrap.dedent(
 )
 
 
-# A whole model from Transformers: its gradients, since optimisers hide small ones beside the parameters.
-TRANSFORMERS = textwrap.dedent(
-    """
-    import os, sys
-    import torch, torch.distributed as dist
-    from torch.distributed.fsdp import fully_shard
-    from torch.nn.parallel import DistributedDataParallel
-    sys.path.insert(0, "tests")
-    import zoo
-    import polymoe.integrations.transformers
+# Each layer of Inkling 2 reads the embeddings beside what the layers before it gave, and FSDP2's hooks change the order
+# in which autograd adds up their gradients.
+REORDERED = {("Inkling2ForCausalLM", "fsdp2"): {"model.embed_tokens.weight", "model.embed_tokens.embed_norm.weight"}}
 
-    rank, ranks, folder, seed = int(sys.argv[1]), 2, sys.argv[2], int(sys.argv[3])
-    torch.set_num_threads(1)
-
-    def gradients(family, wrap, parts):
-        torch.manual_seed(seed)
-        model = zoo.tiny_model(family).requires_grad_(True)
-        model.set_experts_implementation("polymoe")
-        tokens = torch.randint(model.config.vocab_size, (4, 12)).chunk(parts)[rank if parts > 1 else 0]
-        model = wrap(model)
-        model(input_ids=tokens, use_cache=False).logits.square().mean().backward()
-        grads = {name.removeprefix("module."): p.grad for name, p in model.named_parameters() if p.grad is not None}
-        return {name: grad.full_tensor() if hasattr(grad, "full_tensor") else grad for name, grad in grads.items()}
-
-    def data_parallel(model):  # DeepSeek-V4 has parameters that not every batch uses
-        return DistributedDataParallel(model, find_unused_parameters=True)
-
-    def shard(model):
-        for layer in model.model.layers:
-            fully_shard(layer)
-        return fully_shard(model)
-
-    families = sys.argv[4:]
-    found = {"alone": {family: gradients(family, lambda model: model, 1) for family in families}}
-    meet = "file://" + os.path.join(folder, "meet")
-    dist.init_process_group("gloo", init_method=meet, rank=rank, world_size=ranks)
-    found["ddp"] = {family: gradients(family, data_parallel, ranks) for family in families}
-    found["fsdp2"] = {family: gradients(family, shard, ranks) for family in families}
-    if rank == 0:
-        torch.save(found, os.path.join(folder, "found.pt"))
-    dist.barrier()
-    dist.destroy_process_group()
-    """
-)
+# One of each kind of experts: plain, with biases and a clamp, ungated, un-fused; with routing by table; and REORDERED.
+SOME = ("qwen3_moe", "gpt_oss", "nemotron_h", "muse_spark", "deepseek_v4", "inkling2")
 
 
-def run_two(program: str, folder: Path, *arguments: str) -> dict[str, dict[str, Any]]:
+def run_two(folder: Path, program: list[str], *arguments: str, timeout: float = 240) -> dict[str, dict[str, Any]]:
+    """What a program, run as `python PROGRAM RANK FOLDER ARGUMENT...` for both ranks at once, left in found.pt."""
     processes = [
         subprocess.Popen(
-            [sys.executable, "-c", program, str(rank), str(folder), *arguments],
+            [sys.executable, *program, str(rank), str(folder), *arguments],
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
-            cwd=Path(__file__).parent.parent,
+            cwd=Path(__file__).parent,
         )
         for rank in range(2)
     ]
-    for process in processes:
-        out, _ = process.communicate(timeout=240)
-        assert process.returncode == 0, out
+    try:
+        outputs = [process.communicate(timeout=timeout)[0] for process in processes]
+    finally:
+        for process in processes:  # a rank that failed leaves the other one waiting
+            process.kill()
+    assert [process.returncode for process in processes] == [0, 0], "\n".join(outputs)
     return torch.load(folder / "found.pt")
 
 
 def test_two_processes_train_as_one(tmp_path: Path, seed: int) -> None:
-    found = run_two(PROGRAM, tmp_path, str(seed))
+    found = run_two(tmp_path, ["-c", PROGRAM], str(seed))
     for way in ("ddp", "fsdp2"):
         assert found[way].keys() == found["alone"].keys()
         assert torch.equal(found[way]["loads"], found["alone"]["loads"]), way
@@ -139,15 +107,14 @@ def test_two_processes_train_as_one(tmp_path: Path, seed: int) -> None:
                 assert relative_frobenius(found[way][name], value) <= 1e-5, f"{way}: {name}"
 
 
-def test_transformers_models(tmp_path: Path, seed: int) -> None:
-    families = ("qwen3_moe", "mixtral", "deepseek_v4")
-    found = run_two(TRANSFORMERS, tmp_path, str(seed), *families)
-    for family in families:
-        alone = found["alone"][family]
-        assert any("experts" in name for name in alone)
-        largest = max(float(grad.norm()) for grad in alone.values())
+@pytest.mark.parametrize("families", [SOME, pytest.param(FAMILIES, marks=pytest.mark.slow)], ids=["some", "all"])
+def test_transformers_models(families: tuple[str, ...], tmp_path: Path, seed: int) -> None:
+    """Gradients, since optimisers hide small ones beside the parameters: the bits of one process that sees one half of
+    the batch after the other. The program has compared them with those of the whole batch by then."""
+    found = run_two(tmp_path, ["-m", "zoo.distributed"], str(seed), *families, timeout=1200)
+    assert len(found) >= len(families)
+    for model, ways in found.items():
         for way in ("ddp", "fsdp2"):
-            assert found[way][family].keys() == alone.keys()
-            for name, grad in alone.items():  # some hundred float32 roundings; single numbers may nearly cancel
-                error = float((found[way][family][name] - grad).norm())
-                assert error <= 1e-5 * max(float(grad.norm()), 0.01 * largest), f"{family}, {way}: {name}"
+            assert ways[way].keys() == ways["alone"].keys()
+            differing = {name for name, grad in ways["alone"].items() if not torch.equal(ways[way][name], grad)}
+            assert differing <= REORDERED.get((model, way), set()), f"{model}, {way}"
