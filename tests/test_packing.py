@@ -274,6 +274,10 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "meta": (lambda: experts().to("meta"), "gate_up: expected a weight on the CPU"),
     "dtype": (of_another_dtype, "down: expected float32, bfloat16, float16 or float64, got float8_e4m3fn"),
     "width": (of_odd_width, "gate_up: expected an even N with gate_up"),
+    "processes": (
+        lambda: experts().share_memory(),
+        "gate_up: expected memory of its own, got memory shared with other p",
+    ),
     "graph": (in_a_graph, "gate_up: expected a weight of its own, got one that code in C++ holds too"),
 }
 

@@ -138,8 +138,8 @@ def optimize(model: nn.Module) -> list[str]:
     Raises:
         ValueError: there is nothing to pack, or one of the weights requires grad, is shared with another name, sharded,
             not contiguous, not on the CPU, or of a shape or dtype that polymoe.experts does not take, or a tensor
-            outside the model, such as one in a state_dict, shares its memory and would see it permuted. Nothing is
-            changed then.
+            outside the model, such as one in a state_dict, or another process shares its memory and would see it
+            permuted. Nothing is changed then.
     """
     found = [
         (f"{prefix}.{packable.name}".lstrip("."), module, packable)
@@ -217,6 +217,8 @@ def _check(name: str, weight: Tensor, packable: Packable, extents: list[_Extent]
     sharing = [other.name for other in extents if other.name != name and other.begin < end and begin < other.end]
     if sharing:
         fail("optimize", name, "memory of its own", f"memory shared with {', '.join(sharing)}")
+    if weight.is_shared():
+        fail("optimize", name, "memory of its own", "memory shared with other processes, or with a file")
     storage = weight.untyped_storage()
     known = {id(other.tensor) for other in extents if other.tensor.untyped_storage()._cdata == storage._cdata}
     if torch._C._storage_Use_Count(storage._cdata) - 1 > len(known):  # 1: `storage`, here
