@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -13,11 +14,18 @@ import polymoe
 from polymoe import formats
 from polymoe.formats import Fp8Block, Int4, Weight
 from polymoe.formats.codes import pack_nibbles, round_up_to_e8m0, to_e4m3
+from polymoe.reference._quantized import INT8_GROUPS
 from polymoe.testing.cases import Random
 from polymoe.testing.conformance._run import op_threads, serial
 from polymoe.testing.conformance.bitwise import check_batch, check_threads
 from polymoe.testing.targets import Target, servers
-from polymoe.testing.tolerances import assert_same_bits, frobenius_error, relative_frobenius
+from polymoe.testing.tolerances import (
+    assert_same_bits,
+    assert_within,
+    dot_error,
+    frobenius_error,
+    relative_frobenius,
+)
 
 NAMES = tuple(formats.FORMATS)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -108,6 +116,21 @@ def test_every_code_in_every_place_with_int8_activations(
         for rows in (1, 2, 5, 7):
             some = random.permutation(D)[:rows]
             assert torch.equal(multiply(unit[some], weight, target, mode=mode), expected[some]), (dtype, rows)
+
+
+@pytest.mark.parametrize(("name", "mode"), INT8_MODES)
+def test_int8_activations_round_alike_on_every_backend(name: str, mode: str, target: Target, seed: int) -> None:
+    """Elements of few bits are often in the middle between two codes, where the last bit of a quotient decides."""
+    random, D = Random(seed), 330
+    weight = weight_of(name, random.integers(0, CODES[family(name)], 1, 9, D), random)
+    a = random.normal(70, D, dtype=torch.bfloat16)
+    groups = torch.nn.functional.pad(a.float(), (0, -D % INT8_GROUPS[mode])).unflatten(-1, (-1, INT8_GROUPS[mode]))
+    largest = groups.abs().amax(-1, keepdim=True).numpy()
+    product = groups.numpy() * (np.float32(127) / largest)  # float32, every step rounded to nearest
+    rounded = torch.from_numpy(np.rint(product).astype(np.float64) * (largest / np.float32(127))).flatten(-2)[:, :D]
+    numbers = dequantized(weight)[0].mT
+    bound = dot_error(rounded.abs() @ numbers.abs(), D + 3, torch.float32)  # and roundings of a scale and its products
+    assert_within(multiply(a, weight, target, mode=mode), rounded @ numbers, bound, f"{name}, {mode}")
 
 
 @pytest.mark.parametrize("mode", ["int8", "int8_g128"])

@@ -25,8 +25,9 @@ def in_int8(rows: Tensor, group: int) -> Tensor:
     groups = torch.nn.functional.pad(rows.float(), (0, -D % group)).unflatten(-1, (-1, group))
     largest = groups.abs().amax(-1, keepdim=True)
     usable = largest.clamp(min=2.0**-119)  # 127 / it is finite
-    codes = (groups * (127 / usable)).round()
-    scale = (usable / 127).where(largest.isfinite(), torch.nan)
+    most = usable.new_tensor(127)  # quotients of a number and a tensor may be products with a reciprocal: two roundings
+    codes = (groups * (most / usable)).round()
+    scale = (usable / most).where(largest.isfinite(), torch.nan)
     return (codes.double() * scale.double()).flatten(-2)[..., :D]
 
 
