@@ -13,7 +13,6 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from transformers import PreTrainedModel
-from transformers.modeling_layers import GradientCheckpointingLayer
 
 import polymoe.integrations.transformers  # noqa: F401 (registers "polymoe")
 from zoo.shrink import experts_modules
@@ -24,12 +23,12 @@ Inputs = dict[str, Tensor]
 Gradients = dict[str, Tensor]
 
 
-def data_parallel(model: nn.Module) -> nn.Module:
+def data_parallel(model: PreTrainedModel) -> nn.Module:
     return DistributedDataParallel(model, find_unused_parameters=True)  # not every batch uses every parameter
 
 
-def sharded(model: nn.Module) -> nn.Module:
-    layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+def sharded(model: PreTrainedModel) -> nn.Module:
+    layers = model.base_model.layers
     assert all(any(experts in layer.modules() for layer in layers) for experts in experts_modules(model))
     for layer in layers:
         fully_shard(layer)
