@@ -288,6 +288,14 @@ def test_error_is_half_a_step(format: formats.Format, N: int, D: int, dtype: tor
 
 
 @pytest.mark.parametrize("format", quantizers(), ids=describe)
+@pytest.mark.parametrize("shape", [(0, 4, 8), (2, 0, 8), (2, 4, 0)])
+def test_no_elements(format: formats.Format, shape: tuple[int, ...]) -> None:
+    weight = format.quantize(torch.zeros(shape))
+    assert weight.shape == format.dequantize(weight).shape == shape
+    format.check("formats", "weight", weight)
+
+
+@pytest.mark.parametrize("format", quantizers(), ids=describe)
 def test_quantising_again_changes_nothing(format: formats.Format, seed: int) -> None:
     values = format.dequantize(format.quantize(Random(seed).normal(70, 130)))
     again = format.dequantize(format.quantize(values))

@@ -179,7 +179,8 @@ class Format(ABC):
         """[..., N, D] to [..., blocks along N, blocks along D, elements], zeros where a block is cut short."""
         N, D = weight.shape[-2:]
         rows, columns = self.block[0], self.block[1] or max(D, 1)
-        padded = torch.nn.functional.pad(weight, (0, -D % columns, 0, -N % rows))
+        width = columns if self.block[1] is None else D + -D % columns
+        padded = torch.nn.functional.pad(weight, (0, width - D, 0, -N % rows))
         cut = padded.unflatten(-1, (padded.shape[-1] // columns, columns))
         return cut.unflatten(-3, (padded.shape[-2] // rows, rows)).transpose(-3, -2).flatten(-2)
 
