@@ -296,6 +296,19 @@ def test_no_elements(format: formats.Format, shape: tuple[int, ...]) -> None:
 
 
 @pytest.mark.parametrize("format", quantizers(), ids=describe)
+def test_neither_strides_nor_gradients_are_taken_over(format: formats.Format, seed: int) -> None:
+    dense = Random(seed).normal(2, 70, 130)
+    expected, found = format.quantize(dense), format.quantize(dense.mT.contiguous().mT.requires_grad_())
+    for part, one in ((found.data, expected.data), (found.scale, expected.scale), (found.zero, expected.zero)):
+        if part is None or one is None:
+            assert part is one
+        else:
+            assert part.is_contiguous()
+            assert not part.requires_grad
+            assert torch.equal(part.view(torch.uint8), one.view(torch.uint8))
+
+
+@pytest.mark.parametrize("format", quantizers(), ids=describe)
 def test_quantising_again_changes_nothing(format: formats.Format, seed: int) -> None:
     values = format.dequantize(format.quantize(Random(seed).normal(70, 130)))
     again = format.dequantize(format.quantize(values))

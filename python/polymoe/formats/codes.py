@@ -40,6 +40,11 @@ def from_e2m1(codes: Tensor) -> Tensor:
     return torch.tensor(E2M1_VALUES, device=codes.device)[codes.int()]
 
 
+def quotient(values: Tensor, divisor: float) -> Tensor:
+    """Rounded once: by a Python number CUDA divides by multiplying by its reciprocal."""
+    return values / torch.tensor(divisor, dtype=values.dtype, device=values.device)
+
+
 def round_up_to_e8m0(values: Tensor) -> Tensor:
     """The smallest power of two that is not below each value; float32, positive and normal, to float8_e8m0fnu."""
     bits = values.view(torch.int32)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from polymoe.formats.codes import E4M3_MAX, round_up_to_e8m0, to_e4m3
+from polymoe.formats.codes import E4M3_MAX, quotient, round_up_to_e8m0, to_e4m3
 from polymoe.formats.weight import EXPONENTS, MODES, Format, Weight
 from polymoe.ops import _check as check_that
 
@@ -54,7 +54,7 @@ class Fp8Block(Format):
         return weight.data.float()
 
     def encode(self, weight: Tensor) -> tuple[Tensor, Tensor, None]:
-        scale = self.largest(weight).clamp(min=self.FLOOR) / E4M3_MAX
+        scale = quotient(self.largest(weight).clamp(min=self.FLOOR), E4M3_MAX)
         if self.scale_dtype == torch.float8_e8m0fnu:
             exponent = round_up_to_e8m0(scale)
             return to_e4m3(weight / self.spread(exponent.float(), *weight.shape[-2:])), exponent, None
@@ -84,5 +84,5 @@ class Mxfp8(Format):
         return weight.data.float()
 
     def encode(self, weight: Tensor) -> tuple[Tensor, Tensor, None]:
-        scale = round_up_to_e8m0(self.largest(weight).clamp(min=self.FLOOR) / E4M3_MAX)
+        scale = round_up_to_e8m0(quotient(self.largest(weight).clamp(min=self.FLOOR), E4M3_MAX))
         return to_e4m3(weight / self.spread(scale.float(), *weight.shape[-2:])), scale, None

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from polymoe.formats.codes import pack_nibbles, unpack_nibbles
+from polymoe.formats.codes import pack_nibbles, quotient, unpack_nibbles
 from polymoe.formats.weight import INTEGER_MODES, Format, Weight
 from polymoe.ops import _check as check_that
 
@@ -36,7 +36,7 @@ class Int8(Format):
         return weight.data.float()
 
     def encode(self, weight: Tensor) -> tuple[Tensor, Tensor, None]:
-        scale = (self.largest(weight) / 127).clamp(min=_SMALLEST)
+        scale = quotient(self.largest(weight), 127).clamp(min=_SMALLEST)
         return (weight / self.spread(scale, *weight.shape[-2:])).round().clamp(-127, 127).to(torch.int8), scale, None
 
 
@@ -88,12 +88,12 @@ class Int4(Format):
     def encode(self, weight: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         N, D = weight.shape[-2:]
         if not self.zero_points:
-            scale = (self.largest(weight) / 7).clamp(min=_SMALLEST)
+            scale = quotient(self.largest(weight), 7).clamp(min=_SMALLEST)
             codes = ((weight / self.spread(scale, N, D)).round() + 8).clamp(1, 15)
             return pack_nibbles(codes.to(torch.uint8)), scale, None
         groups = self.blocks(weight)
         lowest, highest = groups.amin(-1).clamp(max=0), groups.amax(-1).clamp(min=0)
-        scale = (highest / 15 - lowest / 15).clamp(min=_SMALLEST)
+        scale = (quotient(highest, 15) - quotient(lowest, 15)).clamp(min=_SMALLEST)
         zero = (-lowest / scale).round().clamp(0, 15)
         codes = ((weight / self.spread(scale, N, D)).round() + self.spread(zero, N, D)).clamp(0, 15)
         return pack_nibbles(codes.to(torch.uint8)), scale, zero.to(torch.uint8)

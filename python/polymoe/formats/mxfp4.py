@@ -10,6 +10,7 @@ from polymoe.formats.codes import (
     from_e2m1,
     from_e8m0,
     pack_nibbles,
+    quotient,
     round_up_to_e8m0,
     to_e2m1,
     to_e4m3,
@@ -46,7 +47,7 @@ class Mxfp4(Format):
         return from_e2m1(unpack_nibbles(weight.data, weight.D))
 
     def encode(self, weight: Tensor) -> tuple[Tensor, Tensor, None]:
-        scale = round_up_to_e8m0(self.largest(weight).clamp(min=self.FLOOR) / E2M1_MAX)
+        scale = round_up_to_e8m0(quotient(self.largest(weight).clamp(min=self.FLOOR), E2M1_MAX))
         return pack_nibbles(to_e2m1(weight / self.spread(scale.float(), *weight.shape[-2:]))), scale, None
 
 

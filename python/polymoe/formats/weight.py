@@ -101,7 +101,7 @@ class Format(ABC):
 
     def quantize(self, weight: Tensor) -> Weight:
         """Quantises a weight [..., N, D] of float32, bfloat16 or float16, by a kernel where the backend of its device
-        has one.
+        has one. The parts are contiguous and have no gradient.
 
         Raises:
             ValueError: another dtype, fewer than two dimensions, or infinity or NaN among the elements.
@@ -111,9 +111,10 @@ class Format(ABC):
             check_that.fail("formats", "weight", "a tensor [..., N, D]", check_that.describe(weight))
         if not weight.isfinite().all():
             check_that.fail("formats", "weight", "finite elements", "infinity or NaN")
+        weight = weight.detach()
         kernel = kernel_of("quantize", weight, (self.name,), like="grouped_mm") if weight.numel() > 0 else None
         if kernel is None:
-            data, scale, zero = self.encode(weight.float())
+            data, scale, zero = self.encode(weight.float().contiguous())
         else:
             data, scale, zero = kernel(weight, self.name, self.scale_dtype, self.zero_points)
         return Weight(data, scale, zero, self.name, *weight.shape[-2:])
