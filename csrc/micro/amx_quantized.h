@@ -157,9 +157,18 @@ void multiply_quantized(const char* a, int64_t m, const Weights& w, int64_t n, i
 
 inline int64_t no_workspace(int64_t) { return 0; }
 
+// Of rows past the L2 cache a span comes from the next one for every strip: that costs less than decoding the strip
+// once more for a second block of rows.
 template <class C>
-constexpr GemmKernel kOnTiles = {
-    kStep, sizeof(bf16), kMaxRows, 1, pack_right<typename TileCodes<C>::Order>, multiply_quantized<C>, no_workspace};
+constexpr GemmKernel on_tiles() {
+  GemmKernel kernel{
+      kStep, sizeof(bf16), kMaxRows, 1, pack_right<typename TileCodes<C>::Order>, multiply_quantized<C>, no_workspace};
+  kernel.slice = kMaxSpan * kStep;
+  return kernel;
+}
+
+template <class C>
+constexpr GemmKernel kOnTiles = on_tiles<C>();
 
 }  // namespace
 }  // namespace polymoe::POLYMOE_LEVEL

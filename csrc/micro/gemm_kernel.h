@@ -108,8 +108,8 @@ struct GemmKernel {
   // 32. Null for other weights, and where A is rounded.
   void (*decode)(const QuantizedMatrix& m, int64_t n, int64_t begin, int64_t count, float* out) = nullptr;
 
-  // Elements of the reduction, at most, that `multiply` takes through all of a call's rows and columns at a time; 0: it
-  // takes whole rows.
+  // Elements of the reduction, at most, that `multiply` takes through all of a call's rows at a time, and whose part of
+  // A the caches should hold; 0: it takes whole rows.
   int64_t slice = 0;
 
   // Multiplies a copy by pack_columns, whose `d` is whole steps, with one row group after the other. The sums of each
