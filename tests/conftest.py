@@ -1,5 +1,9 @@
 """What all tests share. The fixtures `target` (a backend at an ISA level) and `seed` come from the conformance kit."""
 
+from collections.abc import Iterator
+
+import pytest
+import torch
 from hypothesis import HealthCheck, settings
 
 pytest_plugins = ["polymoe.testing.plugin"]
@@ -15,3 +19,12 @@ _COMMON = {
 settings.register_profile("ci", max_examples=20, **_COMMON)
 settings.register_profile("sweep", max_examples=500, **_COMMON)
 settings.load_profile("ci")
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """For tiny models, where threads would only wait for one another."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -11,7 +10,7 @@ import zoo
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from zoo.runs import random_inputs, run, same_experts
-from zoo.training import PARTS, gradients, trainable
+from zoo.training import gradients, trainable
 
 import polymoe.integrations.transformers  # noqa: F401 (registers "polymoe")
 from polymoe.testing.tolerances import relative_frobenius, unit_roundoff
@@ -19,14 +18,7 @@ from polymoe.testing.tolerances import relative_frobenius, unit_roundoff
 DTYPE = torch.bfloat16
 Inputs = tuple[Tensor, Tensor, Tensor]
 
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Threads would only wait for one another here."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def experts_and_inputs(family: str, model_class: type[PreTrainedModel]) -> tuple[nn.Module, Inputs]:
@@ -61,7 +53,7 @@ def differentiated(module: nn.Module, implementation: str, inputs: Inputs, grad:
     return dict(zip(["out", "x", "weights", *parameters], [out.detach(), *grads], strict=True))
 
 
-@pytest.mark.parametrize(("family", "model_class"), PARTS, ids=lambda value: getattr(value, "__name__", value))
+@pytest.mark.parametrize(("family", "model_class"), zoo.PARTS, ids=zoo.name_of)
 def test_experts_of_every_family(family: str, model_class: type[PreTrainedModel], seed: int) -> None:
     """One by one, in the dtype of eager's, and at most 1.05 times as far off. polymoe casts biases with the weights, so
     their gradients are rounded to bfloat16, where some models keep them in float32."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -24,21 +23,12 @@ from polymoe.testing.tolerances import relative_frobenius
 # Families that do not pass, and why: a test fails if one of them starts to.
 EXPECTED_FAILURES: dict[str, str] = {}
 
-PARTS = [(family, model_class) for family in zoo.FAMILIES for model_class in zoo.model_classes(family)]
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(autouse=True)
 def seeded(seed: int) -> None:
     torch.manual_seed(seed)
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Threads would only wait for one another here."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 class Seen:
@@ -66,7 +56,7 @@ def test_every_decorated_class_is_in_the_zoo() -> None:
     assert transformers.__version__ == "5.23.0"
     assert len(zoo.FAMILIES) == 64
     assert sum(len(zoo.experts_classes(family)) for family in zoo.FAMILIES) == 65
-    met = {type(module) for part in PARTS for module in zoo.experts_modules(zoo.tiny_model(*part))}
+    met = {type(module) for part in zoo.PARTS for module in zoo.experts_modules(zoo.tiny_model(*part))}
     assert met == {experts for family in zoo.FAMILIES for experts in zoo.experts_classes(family)}
 
 
@@ -103,7 +93,7 @@ def assert_agrees(family: str, model_class: type[PreTrainedModel], seen: Seen) -
     assert relative_frobenius(run(model, "none", inputs)[0], truth) > 1000 * bound
 
 
-@pytest.mark.parametrize(("family", "model_class"), PARTS, ids=lambda value: getattr(value, "__name__", value))
+@pytest.mark.parametrize(("family", "model_class"), zoo.PARTS, ids=zoo.name_of)
 def test_model(family: str, model_class: type[PreTrainedModel], monkeypatch: pytest.MonkeyPatch) -> None:
     seen = Seen(monkeypatch)
     if family not in EXPECTED_FAILURES:

@@ -32,7 +32,8 @@ from polymoe.integrations.routers import (
 )
 from polymoe.testing.tolerances import FUNCTION_ERRORS, assert_same_bits, growth, relative_frobenius, unit_roundoff
 
-PARTS = [(family, model_class) for family in zoo.FAMILIES for model_class in zoo.model_classes(family)]
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 OWN = {"phimoe": "a softmax of its own", "zaya": "a state that goes from layer to layer"}
 # These round their scores to the dtype of the logits before they choose; Inkling 2's projection takes float32 only.
 ROUNDING = {"deepseek_v4", "inkling2", "lfm2_moe", "mistral4"}
@@ -42,15 +43,6 @@ TOKENS = 192
 @pytest.fixture(autouse=True)
 def seeded(seed: int) -> None:
     torch.manual_seed(seed)
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Threads would only wait for one another here."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture
@@ -167,7 +159,7 @@ def variants(router: Any) -> Iterator[str]:
         yield "bias"
 
 
-@pytest.mark.parametrize(("family", "model_class"), PARTS, ids=lambda value: getattr(value, "__name__", value))
+@pytest.mark.parametrize(("family", "model_class"), zoo.PARTS, ids=zoo.name_of)
 def test_family(family: str, model_class: type[PreTrainedModel], gate_calls: list[str]) -> None:
     model = zoo.tiny_model(family, model_class)
     assert len(routers(model)) == len(zoo.experts_modules(model))
@@ -187,7 +179,7 @@ def test_family(family: str, model_class: type[PreTrainedModel], gate_calls: lis
             assert_replaced_equally(router, torch.bfloat16)
 
 
-@pytest.mark.parametrize(("family", "model_class"), PARTS, ids=lambda value: getattr(value, "__name__", value))
+@pytest.mark.parametrize(("family", "model_class"), zoo.PARTS, ids=zoo.name_of)
 def test_whole_model(family: str, model_class: type[PreTrainedModel], gate_calls: list[str]) -> None:
     if family in OWN:
         return

@@ -4,14 +4,14 @@ checkpointing and compiled. Autocast and several processes have files of their o
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
 
 import pytest
 import torch
 import zoo
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
-from zoo.training import PARTS, assert_gradients_agree, collected, gradients, loss, rounding_of, trainable
+from zoo.kinks import Kinks
+from zoo.training import assert_gradients_agree, collected, gradients, loss, rounding_of, trainable
 
 import polymoe.integrations.transformers  # noqa: F401 (registers "polymoe")
 from polymoe.testing.tolerances import assert_same_bits
@@ -30,20 +30,9 @@ NOT_ONE_GRAPH = {
 # The compiled families of every run: plain experts; biases, a clamp, transposed and interleaved weights; un-fused ones.
 COMPILED = ("qwen3_moe", "gpt_oss", "muse_spark")
 
-_TO_COMPILE = [pytest.param(*part, marks=() if part[0] in COMPILED else pytest.mark.slow) for part in PARTS]
+pytestmark = pytest.mark.usefixtures("one_thread")
 
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Threads would only wait for one another here."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-def name(value: object) -> str:
-    return getattr(value, "__name__", str(value))
+_TO_COMPILE = [pytest.param(*part, marks=() if part[0] in COMPILED else pytest.mark.slow) for part in zoo.PARTS]
 
 
 def checkpointed(model: PreTrainedModel) -> PreTrainedModel:
@@ -69,7 +58,21 @@ def assert_checkpointing_changes_nothing(model: PreTrainedModel, inputs: dict[st
         assert_same_bits(found[key], grad, key)
 
 
-@pytest.mark.parametrize(("family", "model_class"), PARTS, ids=name)
+def test_elements_near_a_kink_are_seen() -> None:
+    x = torch.tensor([0.0, 1e-7, 0.5, 0.5 + 1e-7, 1.0, -0.5], dtype=torch.float64)
+    for act, near in (
+        (torch.relu, 2),
+        (lambda x: x.clamp(max=0.5), 2),
+        (lambda x: x.clamp(-0.5, 0.5), 3),
+        (lambda x: x.clamp(min=-0.5), 1),
+        (torch.neg, 0),
+    ):
+        with Kinks() as kinks:
+            act(x)
+        assert kinks.near == near
+
+
+@pytest.mark.parametrize(("family", "model_class"), zoo.PARTS, ids=zoo.name_of)
 def test_every_family(family: str, model_class: type[PreTrainedModel], seed: int) -> None:
     torch.manual_seed(seed)
     model, inputs = trainable(family, model_class)
@@ -83,7 +86,7 @@ def test_every_family(family: str, model_class: type[PreTrainedModel], seed: int
         checkpointed(model)
 
 
-@pytest.mark.parametrize(("family", "model_class"), _TO_COMPILE, ids=name)
+@pytest.mark.parametrize(("family", "model_class"), _TO_COMPILE, ids=zoo.name_of)
 def test_compiled(family: str, model_class: type[PreTrainedModel], seed: int) -> None:
     """Forward and backward as one graph each; of models that have none, the experts alone."""
     torch.manual_seed(seed)

@@ -8,9 +8,8 @@ import tempfile
 from bisect import bisect_left
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import triton
 from triton.compiler import CompiledKernel
@@ -37,9 +36,8 @@ AMD_KINDS = (
 # Branches without a condition, and ends; the instruction after them does not follow.
 ALWAYS = r"(BRA\S* 0x|(EXIT|RET)\S* (?!@)|s_branch |s_endpgm)"
 FMA = r"FFMA|v_(pk_|dual_)?fma"
-ATOMIC = (
-    r"ATOMG?\b|REDG?\b|UTMAREDG|UBLKRED|(global|buffer|flat)_atomic"  # not in shared memory, where integers are counted
-)
+# Not those in shared memory, where integers are counted.
+ATOMIC = r"ATOMG?\b|REDG?\b|UTMAREDG|UBLKRED|(global|buffer|flat)_atomic"
 MATRIX = {"sm": SASS_KINDS[0][1], "gfx": AMD_KINDS[0][1]}
 
 
@@ -69,9 +67,6 @@ class Facts:
     loop: dict[str, int] = field(default_factory=dict)
     loop_loads: dict[str, int] = field(default_factory=dict)
     atomics: int = 0
-
-    def as_json(self) -> dict[str, Any]:
-        return asdict(self)
 
 
 def facts(kernel: CompiledKernel) -> Facts:

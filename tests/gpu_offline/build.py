@@ -10,7 +10,7 @@ import os
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import triton
@@ -57,7 +57,7 @@ def _build(launch: Launch) -> Built:
             failure = failure.__cause__
         facts, error = None, f"{type(failure).__name__}: {failure}"
     built = Built(facts, error, time.perf_counter() - started)
-    stored = {"facts": facts.as_json() if facts else None, "error": error, "seconds": built.seconds}
+    stored = {"facts": asdict(facts) if facts else None, "error": error, "seconds": built.seconds}
     path = _file(launch)
     partial = path.with_suffix(f".{os.getpid()}")
     partial.write_text(json.dumps(stored))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -76,7 +76,7 @@ def row(found: Sequence[Found], built: Built) -> dict[str, Any]:
         "id": first.launch.key[:12],
         "settings": settings(first.launch),
         "models": sorted({entry.model for entry in found}),
-        "facts": built.facts.as_json() if built.facts else None,
+        "facts": asdict(built.facts) if built.facts else None,
         "wrong": wrong,
     }
 

@@ -4,6 +4,15 @@
 """
 
 from zoo.families import FAMILIES, experts_classes
-from zoo.shrink import experts_modules, model_classes, tiny_config, tiny_model
+from zoo.shrink import PARTS, experts_modules, model_classes, name_of, tiny_config, tiny_model
 
-__all__ = ["FAMILIES", "experts_classes", "experts_modules", "model_classes", "tiny_config", "tiny_model"]
+__all__ = [
+    "FAMILIES",
+    "PARTS",
+    "experts_classes",
+    "experts_modules",
+    "model_classes",
+    "name_of",
+    "tiny_config",
+    "tiny_model",
+]

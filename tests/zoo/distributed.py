@@ -15,8 +15,8 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import PreTrainedModel
 
 import polymoe.integrations.transformers  # noqa: F401 (registers "polymoe")
-from zoo.shrink import experts_modules
-from zoo.training import PARTS, assert_gradients_agree, collected, gradients, loss, rounding_of, trainable
+from zoo.shrink import PARTS, experts_modules
+from zoo.training import assert_gradients_agree, collected, gradients, loss, rounding_of, trainable
 
 RANKS = 2
 Inputs = dict[str, Tensor]

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from zoo.families import modeling
+from zoo.families import FAMILIES, modeling
 
 VOCAB, HIDDEN, INTERMEDIATE, EXPERTS, TOP_K, LAYERS = 96, 64, 48, 8, 3, 4
 HEADS, KV_HEADS, HEAD_DIM, RANK = 4, 2, 16, 16
@@ -106,6 +106,14 @@ def model_classes(family: str) -> tuple[type[PreTrainedModel], ...]:
             if name.endswith(ending) and not name.endswith("PreTrainedModel"):
                 return (getattr(module, name),)
     raise LookupError(f"{family} has no language model")
+
+
+PARTS = [(family, model_class) for family in FAMILIES for model_class in model_classes(family)]
+
+
+def name_of(part: object) -> str:
+    """Of a family, or of a class."""
+    return getattr(part, "__name__", str(part))
 
 
 def _shrunk(name: str, defaults: dict[str, Any]) -> Any:

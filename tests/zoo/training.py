@@ -7,12 +7,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from polymoe.testing.tolerances import FUNCTION_ERRORS, frobenius_error, unit_roundoff
-from zoo.families import FAMILIES
 from zoo.kinks import Kinks
 from zoo.runs import random_inputs, run, same_experts
-from zoo.shrink import HIDDEN, INTERMEDIATE, LAYERS, model_classes, tiny_model
-
-PARTS = [(family, model_class) for family in FAMILIES for model_class in model_classes(family)]
+from zoo.shrink import HIDDEN, INTERMEDIATE, LAYERS, tiny_model
 
 
 def loss(model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:

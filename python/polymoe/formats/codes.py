@@ -41,8 +41,9 @@ def from_e2m1(codes: Tensor) -> Tensor:
 
 
 def quotient(values: Tensor, divisor: float) -> Tensor:
-    """Rounded once: by a Python number CUDA divides by multiplying by its reciprocal."""
-    return values / torch.tensor(divisor, dtype=values.dtype, device=values.device)
+    """values / divisor, rounded once. CUDA divides by a Python number by multiplying by its reciprocal, which rounds
+    twice (torch's BinaryDivTrueKernel.cu)."""
+    return values / values.new_full((), divisor)
 
 
 def round_up_to_e8m0(values: Tensor) -> Tensor:

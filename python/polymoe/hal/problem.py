@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import ChainMap
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol, runtime_checkable
@@ -69,7 +70,8 @@ OPS: dict[str, OpSpec] = {}  # what users call
 GRADIENT_OPS: dict[str, OpSpec] = {}  # of gradients alone; the reference serves what a backend leaves out
 COMPOSED_OPS: dict[str, OpSpec] = {}  # made of others on the backend of the call; no backend has kernels for them
 FORMAT_OPS: dict[str, OpSpec] = {}  # of polymoe.formats, whose plain PyTorch serves what a backend leaves out
+_SPECS = ChainMap(OPS, GRADIENT_OPS, FORMAT_OPS)
 
 
 def spec_of(op: str) -> OpSpec:
-    return next(specs[op] for specs in (OPS, GRADIENT_OPS, FORMAT_OPS) if op in specs)
+    return _SPECS[op]

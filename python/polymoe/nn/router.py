@@ -149,7 +149,7 @@ class Router(nn.Module):
         a rollout); only the weights are computed then.
 
         Returns (weights [T,K] f32, or f64 with f64 logits; ids [T,K] i32).
-        Raises ValueError if hash routing lacks token_ids or a shape does not fit.
+        Raises ValueError if hash routing lacks token_ids, or a shape or dtype does not fit.
         """
         given = indices is not None
         if self.tid2eid is not None and indices is None:
