@@ -296,12 +296,11 @@ void for_blocks(const Layer& layer, const Columns& all, int64_t unit, int thread
   GuidedTasks queue(tasks, threads);
   parallel_region(int(std::min<int64_t>(threads, tasks)), [&](int) {
     auto worker = make_worker();
-    for (Range range = queue.next(); !range.empty(); range = queue.next())
-      for (int64_t task = range.begin; task < range.end; ++task) {
-        const char* next = nullptr;
-        if (task + 1 < range.end) next = worker.first_weight(blocks[size_t((task + 1) / parts)].expert, part(task + 1));
-        worker.run(blocks[size_t(task / parts)], part(task), next);
-      }
+    queue.run([&](int64_t task, int64_t after) {
+      const char* next = nullptr;
+      if (after >= 0) next = worker.first_weight(blocks[size_t(after / parts)].expert, part(after));
+      worker.run(blocks[size_t(task / parts)], part(task), next);
+    });
   });
 }
 

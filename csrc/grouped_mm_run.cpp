@@ -298,16 +298,15 @@ void run(const std::vector<Problem>& problems, const Types& types) {
   GuidedTasks queue(tasks, threads);
   parallel_region(int(std::min<int64_t>(threads, tasks)), [&](int) {
     Worker worker(table, types);
-    for (Range range = queue.next(); !range.empty(); range = queue.next())
-      for (int64_t task = range.begin; task < range.end; ++task) {
-        const auto [block, column] = place_of(task);
-        const char* next = nullptr;
-        if (task + 1 < range.end) {
-          const auto [after, begin] = place_of(task + 1);
-          next = worker.first_weight(*after->problem, begin);
-        }
-        worker.run(*block, column, std::min(block->columns, block->problem->n - column), next);
+    queue.run([&](int64_t task, int64_t after) {
+      const auto [block, column] = place_of(task);
+      const char* next = nullptr;
+      if (after >= 0) {
+        const auto [coming, begin] = place_of(after);
+        next = worker.first_weight(*coming->problem, begin);
       }
+      worker.run(*block, column, std::min(block->columns, block->problem->n - column), next);
+    });
     finish_streams(types);
   });
 }

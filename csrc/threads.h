@@ -70,6 +70,17 @@ class DynamicTasks {
 class GuidedTasks {
  public:
   GuidedTasks(int64_t count, int threads) : count_(count), shares_(4 * threads) {}
+  // f(task, the task after it on this thread, or -1) until nothing is left. A range is taken before the last task of
+  // the one before is done, so that what it needs can be fetched meanwhile.
+  template <class F>
+  void run(F&& f) {
+    for (Range range = next(), after; !range.empty(); range = after) {
+      for (int64_t task = range.begin; task + 1 < range.end; ++task) f(task, task + 1);
+      after = next();
+      f(range.end - 1, after.empty() ? -1 : after.begin);
+    }
+  }
+
   // Empty when nothing is left.
   Range next() {
     int64_t begin = next_.load(std::memory_order_relaxed), end;

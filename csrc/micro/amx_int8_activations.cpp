@@ -15,8 +15,8 @@
 #if defined(POLYMOE_LEVEL_AMX)
 
 #include "bytes.h"
-#include "int8_ahead.h"
 #include "int8_piece.h"
+#include "quantized_ahead.h"
 #include "tiles.h"
 
 namespace polymoe::POLYMOE_LEVEL {
@@ -247,7 +247,7 @@ struct Place {
 };
 
 template <int BITS, int GROUP>
-void multiply_tile(const Left& w, const TileSpace& space, int64_t tile, const Ahead& ahead, const Place& out) {
+void multiply_tile(const Left& w, const TileSpace& space, int64_t tile, Streams ahead, const Place& out) {
   constexpr int kWaiting = 2;  // groups whose sums are in memory
   alignas(64) int32_t sums[kWaiting][kTileRows * kTileRows];
   VF total[kTileRows];
@@ -261,7 +261,7 @@ void multiply_tile(const Left& w, const TileSpace& space, int64_t tile, const Ah
       const int64_t group = begin + slot.value;
       if (group >= groups) return;
       constexpr int next = slot.value + 1;
-      for (int p = 0; p < GROUP; ++p) ahead.ask(group * GROUP + p, 0, ahead.count);
+      for (int i = 0; i < GROUP * BITS / 4; ++i) ahead.ask();  // for as much as is multiplied
       if (group + 1 < groups) multiply_group<GROUP, next>(w, space, tile, group + 1, sums[next % kWaiting]);
       const VF scale_a = load<VF>(space.scale(tile, group));
       const float* const scale = w.scale + group * w.scale_step;
@@ -299,7 +299,8 @@ void multiply(const Piece* a, const RowGroups& groups, int64_t m, const Weights&
       }
       for (int64_t i = 0; i < rows; i += kTileRows) {
         // The first rows of A have all weights fetched, which the L2 cache then holds for the others.
-        const Ahead ahead = first + i == 0 ? Ahead(w, column + kTileRows, n, kTileRows, kPiece * C::bits / 8) : Ahead();
+        const Streams ahead =
+            first + i == 0 ? streams_ahead(w, column + kTileRows, n, kTileRows, (d * C::bits + 7) / 8) : Streams();
         const Place place{c + (first + i) * ldc + column, ldc, rows - i < kTileRows ? rows - i : kTileRows, columns};
         multiply_tile<C::bits, GROUP>(left, space, i / kTileRows, ahead, place);
       }

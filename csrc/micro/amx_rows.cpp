@@ -4,6 +4,7 @@
 #if defined(POLYMOE_LEVEL_AMX)
 
 #include "amx_product.h"
+#include "streams.h"
 
 namespace polymoe::POLYMOE_LEVEL {
 namespace {
@@ -32,6 +33,7 @@ void multiply_strip(const Rows& rows, const Strip& strip, const char* next_row, 
       __builtin_memcpy(tail + r * kLine, strip.row + r * strip.stride + whole * kLine,
                        size_t(rows.d % kStep) * sizeof(bf16));
     }
+  Streams ahead(next_row, next, whole * kLine, strip.stride);
   Transposed sums[kGroups];
   const auto multiply = [&](int64_t group, const char* weights, int64_t stride, int64_t begin, int64_t steps,
                             auto&& meanwhile) {
@@ -46,11 +48,11 @@ void multiply_strip(const Rows& rows, const Strip& strip, const char* next_row, 
     for (int64_t begin = 0; begin < whole; begin += block) {
       const int64_t steps = begin + block < whole ? block : whole - begin;
       for (int64_t group = from; group < to; ++group) {
-        // Every group asks for its share of the rows.
-        const int64_t first = from == 0 ? group * next / to : 0, end = from == 0 ? (group + 1) * next / to : 0;
-        const char* const ahead = next_row + begin * kLine;
-        const auto fetch = [&](int64_t s) {
-          for (int64_t r = first; r < end; ++r) __builtin_prefetch(ahead + r * strip.stride + s * kLine, 0, 2);
+        // Every group asks for its share of a line of each row.
+        constexpr int64_t all = kMaxTiles * kTileRows / Streams::count;
+        const int64_t asks = from == 0 ? all * (group + 1) / to - all * group / to : 0;
+        const auto fetch = [&](int64_t) {
+          for (int64_t i = 0; i < asks; ++i) ahead.ask();
         };
         multiply(group, strip.row + begin * kLine, strip.stride, begin, steps, EachStep{fetch});
       }

@@ -4,6 +4,7 @@
 
 #include "amx_codes.h"
 #include "bytes.h"
+#include "quantized_ahead.h"
 
 namespace polymoe::POLYMOE_LEVEL {
 namespace {
@@ -52,14 +53,12 @@ class StripRows {
       const MatrixRow row(m, matrix_row(w, column + (r < count_ ? r : count_ - 1)));
       data_[r] = row.data, scale_[r] = row.scale, zero_[r] = row.zero;
     }
-    ahead_ = scale_ahead_ = zero_ahead_ = 0;
-    if (column + count_ < n) {
-      const MatrixRow next(m, matrix_row(w, column + count_));
-      ahead_ = next.data - data_[0];
+    scale_ahead_ = zero_ahead_ = 0;
+    const bool more = column + count_ < n;
+    if (more || w.next) {
+      const MatrixRow next(m, more ? matrix_row(w, column + count_) : (w.next - m.data) / m.data_stride);
       scale_ahead_ = next.scale - scale_[0];
       if (m.zero) zero_ahead_ = next.zero - zero_[0];
-    } else if (w.next) {
-      ahead_ = w.next - data_[0];
     }
     if constexpr (C::adjust == Adjust::groups) find_bases();
     if constexpr (C::adjust == Adjust::none)
@@ -68,7 +67,6 @@ class StripRows {
 
   int64_t count() const { return count_; }
   const char* const* data() const { return data_; }
-  int64_t ahead() const { return ahead_; }
   // What the sums of whole rows are multiplied by, or null.
   const float* multiplier() const { return C::adjust == Adjust::groups && !relative_ ? nullptr : multiplier_; }
 
@@ -147,7 +145,7 @@ class StripRows {
 
   const QuantizedMatrix* matrix_;
   int64_t count_, steps_;
-  int64_t ahead_, scale_ahead_, zero_ahead_;  // bytes to what is asked for meanwhile
+  int64_t scale_ahead_, zero_ahead_;  // bytes to those of the next strip
   const char *data_[kStripRows], *scale_[kStripRows], *zero_[kStripRows];
   int base_[kStripRows];
   bool relative_ = false;
@@ -208,14 +206,12 @@ class Spans {
     char* const out = out_;
     data_ += ROWS, of_row_ += ROWS, out_ += ROWS * kLine;
     if (__builtin_expect(at_ + kTogether <= whole_, 1)) {
-      const int64_t from = from_;
+      const int64_t from = from_, panel_step = panel_step_;
+      const char* const codes[ROWS] = {data[0] + from, data[1] + from, data[2] + from, data[3] + from};
+      ahead_.template ask<kTogether * StripRows<C>::bytes / kLine>();  // as many lines as are decoded
 #pragma GCC unroll 4
-      for (int i = 0; i < ROWS; ++i) {
-        const char* const codes = data[i] + from;
-#pragma GCC unroll 2
-        for (int64_t line = 0; line < kTogether * StripRows<C>::bytes; line += kLine) fetch_line();
-        TileCodes<C>::decode_together(codes, adjust[i] + panel_step_, out + i * kLine, kStepBytes);
-      }
+      for (int i = 0; i < ROWS; ++i)
+        TileCodes<C>::decode_together(codes[i], adjust[i] + panel_step, out + i * kLine, kStepBytes);
     } else {
       for (int i = 0; i < ROWS; ++i) decode_last(data[i] + from_, adjust[i] + panel_step_, out + i * kLine);
     }
@@ -238,7 +234,7 @@ class Spans {
       span.first = 0;
       parity_ ^= 1;
       strip_[parity_].become(w_, span.column, n_, d_);
-      fetch_row(0);
+      ahead_ = streams_ahead(w_, span.column + kStripRows, n_, kStripRows, steps_of(d_) * StripRows<C>::bytes);
     } else {
       span.pass = before->pass, span.column = before->column, span.first = before->first + before->steps;
     }
@@ -260,19 +256,6 @@ class Spans {
     coming_ = &span;
     turn(span.first, span.lines);
     left_ = (span.steps + kTogether - 1) / kTogether * kStripRows;
-  }
-
-  // Asks for a line of what comes after the strip, row by row: the hardware's own prefetch takes up such runs.
-  [[gnu::always_inline]] void fetch_line() {
-    __builtin_prefetch(fetch_, 0, 2);
-    fetch_ += kLine;
-    if (fetch_ >= fetch_end_) fetch_row(fetch_row_ + 1);
-  }
-  void fetch_row(int row) {
-    const StripRows<C>& rows = strip_[parity_];
-    fetch_row_ = row < kStripRows ? row : 0;
-    fetch_ = rows.data()[fetch_row_] + rows.ahead();
-    fetch_end_ = fetch_ + steps_of(d_) * StripRows<C>::bytes;
   }
 
   // To row 0 of kTogether steps.
@@ -303,8 +286,7 @@ class Spans {
   const uint32_t (*of_row_)[kPanelSteps] = nullptr;
   char* out_ = nullptr;
   int64_t at_ = 0, from_ = 0, panel_step_ = 0;
-  int fetch_row_ = 0;
-  const char *fetch_ = nullptr, *fetch_end_ = nullptr;
+  Streams ahead_;  // what comes after the strip
   StripRows<C> strip_[2];
   alignas(64) uint32_t adjust_[kStripRows][kPanelSteps];
   alignas(64) float factor_[2][kPanelSteps][kStripRows];

@@ -31,8 +31,8 @@ inline void add_halves(const Bytes (&v)[4], Bytes& lower, Bytes& upper) {
   lower = _mm512_shuffle_i32x4(a, b, 0x88), upper = _mm512_shuffle_i32x4(a, b, 0xdd);
 }
 
-// 16 rows of 8-bit W by M rows of A. `ask(p, q)` asks for what is needed later: part q of four for each turn from piece
-// p on.
+// 16 rows of 8-bit W by M rows of A. `ask()`, four times for every chunk of the reduction, asks for what is needed
+// later.
 template <int M, int GROUP, class Ask>
 [[gnu::always_inline]] inline void multiply_few(const Piece* a, const char* const* row, int64_t d, VF scale,
                                                 VF (&total)[M], Ask&& ask) {
@@ -68,7 +68,7 @@ template <int M, int GROUP, class Ask>
       }
 #pragma GCC unroll 4
       for (int m = 0; m < M; ++m) sums[m][q] = add_quads(dots[m][0], dots[m][1], dots[m][2], dots[m][3]);
-      ask(p, q);
+      ask();
     }
 #pragma GCC unroll 4
     for (int m = 0; m < M; ++m) {
@@ -156,7 +156,7 @@ template <int M, class C, int GROUP, int SUMMED, class Ask>
   for (VF& v : total) v = set<VF>(0);
   for (int64_t p = 0; p < pieces; p += kChunkPieces, dealt += M * 2 * kChunk) {
     Bytes sums[M][kChunkPieces];
-    ask(p);
+    ask();
     sum_chunk<M, C>(row, p / kChunkPieces * kChunk, (d - p * kPiece + 1) / 2, dealt, sums);
     const int64_t left = pieces - p;
 #pragma GCC unroll 4

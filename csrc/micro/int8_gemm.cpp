@@ -13,9 +13,9 @@
 //
 // With AMX more than a few rows are left to amx_int8_activations.cpp, which takes the same steps, where it gains.
 #include "bytes.h"
-#include "int8_ahead.h"
 #include "int8_few_rows.h"
 #include "int8_piece.h"
+#include "quantized_ahead.h"
 
 #if defined(POLYMOE_LEVEL_AMX)
 #include "amx_gemm.h"
@@ -209,12 +209,22 @@ struct Panel {
 
 // --- the product -----------------------------------------------------------------------------------------------------
 
+// Up to `rows` rows of W from column `next` on, and how often Streams::ask has to be called in four pieces for as many.
+template <class C>
+Streams rows_ahead(const Weights& w, int64_t next, int64_t n, int64_t rows, int64_t d) {
+  return streams_ahead(w, next, n, rows, (d * C::bits + 7) / 8);
+}
+template <class C>
+constexpr int asks_in_four(int rows) {
+  return rows * int(Stored<C>::piece_bytes) / 64;
+}
+
 // What the columns of a tile are multiplied by, and where the sums go.
 struct Task {
   const float *scale, *offset;
   int64_t pieces;
-  const Ahead* ahead;
-  int first, last;  // of the rows to ask for
+  Streams* ahead;
+  int first, last;  // of what is asked for during four pieces
   float* c;
   int64_t ldc, columns;
 };
@@ -240,7 +250,7 @@ void tile(const Piece* a, const Source& w, const Task& task) {
           acc[i * kWide + v] = set_ints(SUMMED == 1 ? a[i * GROUP + p].begin : a[i * GROUP].group_begin);
       if (kChains == 2) acc[kSums * kChains - 1] = set_ints(0);
       for (int q = p; q < p + SUMMED; ++q) {
-        task.ahead->ask(g + q, task.first, task.last);
+        for (int i = task.first + int((g + q) & 3); i < task.last; i += 4) task.ahead->ask();
         w.piece(
             g + q, [&](int four, int v, Bytes codes) __attribute__((always_inline)) {
 #pragma GCC unroll 8
@@ -316,8 +326,8 @@ void multiply_groups(const Piece* a, const RowGroups& groups, const Source& w, b
     const int64_t first = groups.first_row(group);
     const int count = groups.rows(group);
     Task part = task;
-    part.first = int(task.ahead->count * group / groups.count);
-    part.last = int(task.ahead->count * (group + 1) / groups.count);
+    part.first = int(task.last * group / groups.count);
+    part.last = int(task.last * (group + 1) / groups.count);
     part.c += first * task.ldc;
     const auto run = whole ? tile_of<Source, GROUP, GROUP>(count) : tile_of<Source, GROUP, 1>(count);
     run(a + first * task.pieces, w, part);
@@ -325,12 +335,6 @@ void multiply_groups(const Piece* a, const RowGroups& groups, const Source& w, b
 }
 
 #if defined(POLYMOE_LEVEL_AVX512) || defined(POLYMOE_LEVEL_AVX512_BF16)
-// Every `step`th of the next rows, from `first` on: the lines that are where pieces [from, to) are.
-inline void ask_for_lines(const Ahead& ahead, int64_t from, int64_t to, int first, int step) {
-  for (int64_t p = from; p < to; p += ahead.per_line)
-    for (int r = first; r < ahead.count; r += step) __builtin_prefetch(ahead.row[r] + p * ahead.piece_bytes, 0, 2);
-}
-
 // All of C for M rows of A, without a panel.
 template <class C, int M, int GROUP, int SUMMED>
 void multiply_rows(const Piece* a, const Weights& w, int64_t n, int64_t d, float* c, int64_t ldc) {
@@ -342,15 +346,15 @@ void multiply_rows(const Piece* a, const Weights& w, int64_t n, int64_t d, float
   for (int64_t j0 = 0; j0 < n; j0 += kLanes) {
     const int64_t columns = n - j0 < kLanes ? n - j0 : kLanes;
     const Stored<C> stored(w, j0, columns, d);
-    const Ahead ahead(w, j0 + kLanes, n, kLanes, Stored<C>::piece_bytes);
+    Streams ahead = rows_ahead<C>(w, j0 + kLanes, n, kLanes, d);
     VF total[M];
     if constexpr (C::bits == 4) {
       stored.prepare(space.pieces, scale, offset);
-      multiply_few_nibbles<M, C, GROUP, SUMMED>(a, dealt, stored.rows(), d, scale, offset, total,
-                                                [&](int64_t p) { ask_for_lines(ahead, p, p + kChunkPieces, 0, 1); });
+      multiply_few_nibbles<M, C, GROUP, SUMMED>(a, dealt, stored.rows(), d, scale, offset, total, [&] {
+        for (int i = 0; i < 4; ++i) ahead.ask();
+      });
     } else {
-      multiply_few<M, GROUP>(a, stored.rows(), d, stored.row_scales(), total,
-                             [&](int64_t p, int q) { ask_for_lines(ahead, p, p + (GROUP == 1 ? 2 : GROUP), q, 4); });
+      multiply_few<M, GROUP>(a, stored.rows(), d, stored.row_scales(), total, [&] { ahead.ask<GROUP == 1 ? 1 : 2>(); });
     }
     for (int i = 0; i < M; ++i) store_n(c + i * ldc + j0, total[i], int(columns));
   }
@@ -371,10 +375,10 @@ void multiply_columns(const Piece* a, const RowGroups& groups, const Weights& w,
   const Space space(d, GROUP * kPiece);
   float* const scale = space.scale(w.workspace);
   float* const offset = w.matrix->zero ? space.offset(w.workspace) : nullptr;
-  const Ahead ahead(w, j0 + kLanes, n, kLanes, Stored<C>::piece_bytes);
+  Streams ahead = rows_ahead<C>(w, j0 + kLanes, n, kLanes, d);
   const Stored<C> stored(w, j0, columns, d);
   stored.prepare(space.pieces, scale, offset);
-  const Task task{scale, offset, space.pieces, &ahead, 0, 0, c + j0, ldc, columns};
+  const Task task{scale, offset, space.pieces, &ahead, 0, asks_in_four<C>(kLanes), c + j0, ldc, columns};
   multiply_groups<GROUP>(a, groups, stored, sums_whole_groups<GROUP>(w), task);
 }
 
@@ -388,14 +392,14 @@ void multiply_panels(const Piece* a, const RowGroups& groups, const Weights& w, 
   float* const offset = w.matrix->zero ? space.offset(w.workspace) : nullptr;
   for (int64_t j0 = 0; j0 < n; j0 += kColumns) {
     const int64_t columns = n - j0 < kColumns ? n - j0 : kColumns;
-    const Ahead ahead(w, j0 + kColumns, n, kColumns, Stored<C>::piece_bytes);
+    Streams ahead = rows_ahead<C>(w, j0 + kColumns, n, kColumns, d);
     for (int v = 0; v < kVectors && v * kLanes < columns; ++v) {
       const int64_t at = v * space.pieces * kLanes;
       const Stored<C> stored(w, j0 + v * kLanes, columns - v * kLanes, d);
       stored.prepare(space.pieces, scale + at, offset ? offset + at : nullptr);
       Panel::write(stored, space.pieces, panel + v * kLanes * 4);
     }
-    const Task task{scale, offset, space.pieces, &ahead, 0, 0, c + j0, ldc, columns};
+    const Task task{scale, offset, space.pieces, &ahead, 0, asks_in_four<C>(kColumns), c + j0, ldc, columns};
     multiply_groups<GROUP>(a, groups, Panel{panel}, sums_whole_groups<GROUP>(w), task);
   }
 }

@@ -131,6 +131,27 @@ void guided_tasks_cover_the_range() {
   }
 }
 
+void guided_tasks_know_the_one_after() {
+  for (int threads : {1, 2, 4}) {
+    at::set_num_threads(threads);
+    for (size_t count : {0, 1, 2, 5, 16, 1000}) {
+      std::vector<std::atomic<int>> seen(count);
+      GuidedTasks tasks(static_cast<int64_t>(count), threads);
+      parallel_region(threads, [&](int) {
+        int64_t expected = -1;
+        tasks.run([&](int64_t task, int64_t after) {
+          REQUIRE(expected < 0 || task == expected);
+          REQUIRE(after < 0 || after > task);
+          ++seen[size_t(task)];
+          expected = after;
+        });
+        REQUIRE(expected < 0);  // nothing that was announced is left out
+      });
+      for (const std::atomic<int>& times : seen) REQUIRE(times == 1);
+    }
+  }
+}
+
 void guided_tasks_shrink() {
   GuidedTasks tasks(1000, 2);
   int64_t end = 0, size = 1000;
@@ -178,6 +199,7 @@ int main() {
   exceptions_reach_the_caller();
   dynamic_tasks_cover_the_range();
   guided_tasks_cover_the_range();
+  guided_tasks_know_the_one_after();
   guided_tasks_shrink();
   concurrent_callers_do_not_mix();
   forked_child_runs_serially();
