@@ -118,9 +118,9 @@ inline void add_quarters(const Bytes (&v)[4], Bytes (&sums)[kChunkPieces]) {
 }
 
 // The integer sums of a chunk of 16 rows of W, `bytes` of each, with M rows of A that deal_out wrote.
-template <int M, class C>
+template <int M, class C, class Ask>
 [[gnu::always_inline]] inline void sum_chunk(const char* const* row, int64_t at, int64_t bytes, const char* a,
-                                             Bytes (&sums)[M][kChunkPieces]) {
+                                             Bytes (&sums)[M][kChunkPieces], Ask&& ask) {
   const uint64_t mask = bytes >= kChunk ? ~uint64_t(0) : (uint64_t(1) << bytes) - 1;
   Bytes quads[M][4];
 #pragma GCC unroll 4
@@ -139,6 +139,7 @@ template <int M, class C>
     }
 #pragma GCC unroll 4
     for (int m = 0; m < M; ++m) quads[m][q] = add_quads(dots[m][0], dots[m][1], dots[m][2], dots[m][3]);
+    ask();
   }
 #pragma GCC unroll 4
   for (int m = 0; m < M; ++m) add_quarters(quads[m], sums[m]);
@@ -156,8 +157,7 @@ template <int M, class C, int GROUP, int SUMMED, class Ask>
   for (VF& v : total) v = set<VF>(0);
   for (int64_t p = 0; p < pieces; p += kChunkPieces, dealt += M * 2 * kChunk) {
     Bytes sums[M][kChunkPieces];
-    ask();
-    sum_chunk<M, C>(row, p / kChunkPieces * kChunk, (d - p * kPiece + 1) / 2, dealt, sums);
+    sum_chunk<M, C>(row, p / kChunkPieces * kChunk, (d - p * kPiece + 1) / 2, dealt, sums, ask);
     const int64_t left = pieces - p;
 #pragma GCC unroll 4
     for (int m = 0; m < M; ++m) {

@@ -350,9 +350,7 @@ void multiply_rows(const Piece* a, const Weights& w, int64_t n, int64_t d, float
     VF total[M];
     if constexpr (C::bits == 4) {
       stored.prepare(space.pieces, scale, offset);
-      multiply_few_nibbles<M, C, GROUP, SUMMED>(a, dealt, stored.rows(), d, scale, offset, total, [&] {
-        for (int i = 0; i < 4; ++i) ahead.ask();
-      });
+      multiply_few_nibbles<M, C, GROUP, SUMMED>(a, dealt, stored.rows(), d, scale, offset, total, [&] { ahead.ask(); });
     } else {
       multiply_few<M, GROUP>(a, stored.rows(), d, stored.row_scales(), total, [&] { ahead.ask<GROUP == 1 ? 1 : 2>(); });
     }
