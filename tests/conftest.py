@@ -28,3 +28,11 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def fresh_dynamo() -> Iterator[None]:
+    """Graphs and counts of recompilations that no other test left behind."""
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()

@@ -20,14 +20,12 @@ TOKENS = (5, 9, 33, 2)
 BACKENDS = servers("experts")
 
 
+pytestmark = pytest.mark.usefixtures("fresh_dynamo")
+
+
 @pytest.fixture(autouse=True)
-def fresh_dynamo() -> Iterator[None]:
-    torch._dynamo.reset()
-    seed = int(torch.randint(2**31, ()))
-    print(f"seed {seed}")
+def seeded(seed: int) -> None:
     torch.manual_seed(seed)
-    yield
-    torch._dynamo.reset()
 
 
 @contextmanager

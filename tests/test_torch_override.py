@@ -417,13 +417,6 @@ def test_transformers(name: str) -> None:
 # --- compiled -------------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def fresh_dynamo() -> Iterator[None]:
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
-
-
 @pytest.mark.usefixtures("fresh_dynamo")
 def test_compiled_training_code() -> None:
     """A graph traced with or without the override calls what is in place when it runs."""

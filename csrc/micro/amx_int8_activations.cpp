@@ -261,7 +261,7 @@ void multiply_tile(const Left& w, const TileSpace& space, int64_t tile, Streams 
       const int64_t group = begin + slot.value;
       if (group >= groups) return;
       constexpr int next = slot.value + 1;
-      for (int i = 0; i < GROUP * BITS / 4; ++i) ahead.ask();  // for as much as is multiplied
+      for (int i = 0; i < GROUP * BITS / 4; ++i) ahead.ask();  // for as much as a group of 16 rows takes
       if (group + 1 < groups) multiply_group<GROUP, next>(w, space, tile, group + 1, sums[next % kWaiting]);
       const VF scale_a = load<VF>(space.scale(tile, group));
       const float* const scale = w.scale + group * w.scale_step;
@@ -300,7 +300,7 @@ void multiply(const Piece* a, const RowGroups& groups, int64_t m, const Weights&
       for (int64_t i = 0; i < rows; i += kTileRows) {
         // The first rows of A have all weights fetched, which the L2 cache then holds for the others.
         const Streams ahead =
-            first + i == 0 ? streams_ahead(w, column + kTileRows, n, kTileRows, (d * C::bits + 7) / 8) : Streams();
+            first + i == 0 ? streams_ahead(w, column + kTileRows, n, kTileRows, d, C::bits) : Streams();
         const Place place{c + (first + i) * ldc + column, ldc, rows - i < kTileRows ? rows - i : kTileRows, columns};
         multiply_tile<C::bits, GROUP>(left, space, i / kTileRows, ahead, place);
       }

@@ -54,6 +54,7 @@ class StripRows {
       data_[r] = row.data, scale_[r] = row.scale, zero_[r] = row.zero;
     }
     scale_ahead_ = zero_ahead_ = 0;
+    // Counted from this matrix on, the next call's row is that of its expert, for experts lie one after the other.
     const bool more = column + count_ < n;
     if (more || w.next) {
       const MatrixRow next(m, more ? matrix_row(w, column + count_) : (w.next - m.data) / m.data_stride);
@@ -206,6 +207,7 @@ class Spans {
     char* const out = out_;
     data_ += ROWS, of_row_ += ROWS, out_ += ROWS * kLine;
     if (__builtin_expect(at_ + kTogether <= whole_, 1)) {
+      // Addresses are read before anything is stored, which could change them, for all the compiler knows.
       const int64_t from = from_, panel_step = panel_step_;
       const char* const codes[ROWS] = {data[0] + from, data[1] + from, data[2] + from, data[3] + from};
       ahead_.template ask<kTogether * StripRows<C>::bytes / kLine>();  // as many lines as are decoded
@@ -234,7 +236,7 @@ class Spans {
       span.first = 0;
       parity_ ^= 1;
       strip_[parity_].become(w_, span.column, n_, d_);
-      ahead_ = streams_ahead(w_, span.column + kStripRows, n_, kStripRows, steps_of(d_) * StripRows<C>::bytes);
+      ahead_ = streams_ahead(w_, span.column + kStripRows, n_, kStripRows, d_, C::bits);
     } else {
       span.pass = before->pass, span.column = before->column, span.first = before->first + before->steps;
     }

@@ -31,8 +31,7 @@ inline void add_halves(const Bytes (&v)[4], Bytes& lower, Bytes& upper) {
   lower = _mm512_shuffle_i32x4(a, b, 0x88), upper = _mm512_shuffle_i32x4(a, b, 0xdd);
 }
 
-// 16 rows of 8-bit W by M rows of A. `ask()`, four times for every chunk of the reduction, asks for what is needed
-// later.
+// 16 rows of 8-bit W by M rows of A. `ask()`, with every four rows of W, asks for what is needed later.
 template <int M, int GROUP, class Ask>
 [[gnu::always_inline]] inline void multiply_few(const Piece* a, const char* const* row, int64_t d, VF scale,
                                                 VF (&total)[M], Ask&& ask) {
@@ -117,7 +116,7 @@ inline void add_quarters(const Bytes (&v)[4], Bytes (&sums)[kChunkPieces]) {
   sums[2] = _mm512_shuffle_i32x4(high0, high1, 0x88), sums[3] = _mm512_shuffle_i32x4(high0, high1, 0xdd);
 }
 
-// The integer sums of a chunk of 16 rows of W, `bytes` of each, with M rows of A that deal_out wrote.
+// The integer sums of a chunk of 16 rows of W, `bytes` of each, with M rows of A that deal_out wrote. `ask()` as above.
 template <int M, class C, class Ask>
 [[gnu::always_inline]] inline void sum_chunk(const char* const* row, int64_t at, int64_t bytes, const char* a,
                                              Bytes (&sums)[M][kChunkPieces], Ask&& ask) {

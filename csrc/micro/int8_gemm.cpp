@@ -209,11 +209,8 @@ struct Panel {
 
 // --- the product -----------------------------------------------------------------------------------------------------
 
-// Up to `rows` rows of W from column `next` on, and how often Streams::ask has to be called in four pieces for as many.
-template <class C>
-Streams rows_ahead(const Weights& w, int64_t next, int64_t n, int64_t rows, int64_t d) {
-  return streams_ahead(w, next, n, rows, (d * C::bits + 7) / 8);
-}
+// How often Streams::ask has to be called during four pieces for as much as `rows` rows take: for the lines of one,
+// since it asks for four.
 template <class C>
 constexpr int asks_in_four(int rows) {
   return rows * int(Stored<C>::piece_bytes) / 64;
@@ -346,7 +343,7 @@ void multiply_rows(const Piece* a, const Weights& w, int64_t n, int64_t d, float
   for (int64_t j0 = 0; j0 < n; j0 += kLanes) {
     const int64_t columns = n - j0 < kLanes ? n - j0 : kLanes;
     const Stored<C> stored(w, j0, columns, d);
-    Streams ahead = rows_ahead<C>(w, j0 + kLanes, n, kLanes, d);
+    Streams ahead = streams_ahead(w, j0 + kLanes, n, kLanes, d, C::bits);
     VF total[M];
     if constexpr (C::bits == 4) {
       stored.prepare(space.pieces, scale, offset);
@@ -373,7 +370,7 @@ void multiply_columns(const Piece* a, const RowGroups& groups, const Weights& w,
   const Space space(d, GROUP * kPiece);
   float* const scale = space.scale(w.workspace);
   float* const offset = w.matrix->zero ? space.offset(w.workspace) : nullptr;
-  Streams ahead = rows_ahead<C>(w, j0 + kLanes, n, kLanes, d);
+  Streams ahead = streams_ahead(w, j0 + kLanes, n, kLanes, d, C::bits);
   const Stored<C> stored(w, j0, columns, d);
   stored.prepare(space.pieces, scale, offset);
   const Task task{scale, offset, space.pieces, &ahead, 0, asks_in_four<C>(kLanes), c + j0, ldc, columns};
@@ -390,7 +387,7 @@ void multiply_panels(const Piece* a, const RowGroups& groups, const Weights& w, 
   float* const offset = w.matrix->zero ? space.offset(w.workspace) : nullptr;
   for (int64_t j0 = 0; j0 < n; j0 += kColumns) {
     const int64_t columns = n - j0 < kColumns ? n - j0 : kColumns;
-    Streams ahead = rows_ahead<C>(w, j0 + kColumns, n, kColumns, d);
+    Streams ahead = streams_ahead(w, j0 + kColumns, n, kColumns, d, C::bits);
     for (int v = 0; v < kVectors && v * kLanes < columns; ++v) {
       const int64_t at = v * space.pieces * kLanes;
       const Stored<C> stored(w, j0 + v * kLanes, columns - v * kLanes, d);

@@ -7,10 +7,10 @@
 namespace polymoe::POLYMOE_LEVEL {
 namespace {
 
-// Of `rows` quantised rows from column `next` of n on, `bytes` bytes each, or from where the next call begins.
-inline Streams streams_ahead(const Weights& w, int64_t next, int64_t n, int64_t rows, int64_t bytes) {
+// Of up to `rows` quantised rows of d elements from column `next` of n on, or from where the next call begins.
+inline Streams streams_ahead(const Weights& w, int64_t next, int64_t n, int64_t rows, int64_t d, int bits) {
   const QuantizedMatrix& m = *w.matrix;
-  const int64_t stride = w.row_step * m.data_stride;
+  const int64_t stride = w.row_step * m.data_stride, bytes = (d * bits + 7) / 8;
   if (next >= n) return w.next ? Streams(w.next, rows, bytes, stride) : Streams();
   return Streams(m.data + matrix_row(w, next) * m.data_stride, n - next < rows ? n - next : rows, bytes, stride);
 }

@@ -10,7 +10,7 @@ namespace {
 
 class Streams {
  public:
-  static constexpr int count = 4;
+  static constexpr int count = 4;  // of 1 to 16 the best for bf16, mxfp4 and int8 together
 
   Streams() = default;  // asks for nothing
   // `rows` rows of `bytes` bytes, `stride` bytes from one to the next.
@@ -29,7 +29,7 @@ class Streams {
     left_ = lines_;
   }
 
-  // For 4 * LINES lines, until all have been asked for.
+  // For LINES lines of each stream, until all have been asked for.
   template <int LINES = 1>
   [[gnu::always_inline]] void ask() {
     if (left_ <= 0) return;
