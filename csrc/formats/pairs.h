@@ -11,7 +11,6 @@ namespace {
 struct Pairs {
   using Packed = bf16;
   static constexpr int step = 32, at_once = 2;
-  static constexpr bool decodes_two = false;
 
   using X = __m512i;
   static X load(const char* p) { return _mm512_loadu_si512(p); }
@@ -138,24 +137,8 @@ inline __m512i with_sign(__m512i magnitude, __m512i x) {
   return _mm512_ternarylogic_epi32(magnitude, x, _mm512_set1_epi16(short(0x8000)), 0xf8);
 }
 
-// Two steps are tested at once, since nearly all are normal.
-template <class C>
-struct E4m3 : PairsIn<InParity> {
-  static constexpr bool decodes_two = true;
-
-  static void decode_two(const char* p, uint8_t first, uint8_t second, X (&x)[2]) {
-    if (__builtin_expect(are_normal(load(p)), 1)) {
-      x[0] = normal_e4m3(sixteenfold(p), C::offset(first));
-      x[1] = normal_e4m3(sixteenfold(p + step), C::offset(second));
-    } else {
-      x[0] = C::decode(p, first);
-      x[1] = C::decode(p + step, second);
-    }
-  }
-};
-
 template <>
-struct Fp8<Pairs> : E4m3<Fp8<Pairs>>, Fp8Layout {
+struct Fp8<Pairs> : PairsIn<InParity>, Fp8Layout {
   static X offset(uint8_t) { return _mm512_set1_epi16(kRebias << 7); }
   static X decode(const char* p, uint8_t) {
     const __m512i x = sixteenfold(p);
@@ -163,20 +146,8 @@ struct Fp8<Pairs> : E4m3<Fp8<Pairs>>, Fp8Layout {
   }
 };
 
-// By powers of two below: what normal_e4m3 adds, twice. A table, since a broadcast from memory takes no vector port.
-struct Offsets {
-  uint32_t of[kSpread + 1];
-};
-constexpr Offsets e4m3_offsets() {
-  Offsets o{};
-  for (int n = 0; n <= kSpread; ++n) o.of[n] = uint32_t(kRebias - n) * 0x00800080u;
-  return o;
-}
-constexpr Offsets kE4m3Offsets = e4m3_offsets();
-
 template <>
-struct Mxfp8<Pairs> : E4m3<Mxfp8<Pairs>>, Mxfp8Layout {
-  static X offset(uint8_t below) { return _mm512_set1_epi32(int(kE4m3Offsets.of[below])); }
+struct Mxfp8<Pairs> : PairsIn<InParity>, Mxfp8Layout {
   static X decode(const char* p, uint8_t below) {
     const __m512i x = sixteenfold(p), magnitude = e4m3_magnitude(x);
     const __mmask32 number = _mm512_cmpneq_epi16_mask(magnitude, _mm512_set1_epi16(0x7fff));

@@ -46,7 +46,6 @@ constexpr int64_t kGroups = kBlock / kGroup;
 struct Wide {
   using Packed = float;
   static constexpr int step = 2 * VF::width, at_once = 1;  // steps
-  static constexpr bool decodes_two = false;
 
   struct X {  // elements 0, 2, 4, ... and 1, 3, 5, ...
     VF even, odd;

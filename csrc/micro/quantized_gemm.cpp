@@ -12,6 +12,7 @@
 #include "../formats/scales.h"
 #include "amx_gemm.h"
 #include "gemm_kernel.h"
+#include "lane_gemm.h"
 #if defined(POLYMOE_LEVEL_AVX512_BF16)
 #include "../formats/pairs.h"
 #endif
@@ -104,8 +105,6 @@ struct Decoded {
     constexpr int next = C::adjust == Adjust::groups;
     if constexpr (COUNT == 1) {
       x[0] = C::decode(p, adjust_of(adjust));
-    } else if constexpr (C::decodes_two) {
-      C::decode_two(p, adjust_of(adjust), adjust_of(adjust + next), x);
     } else {
       x[0] = C::decode(p, adjust_of(adjust));
       x[1] = C::decode(p + bytes, adjust_of(adjust + next));
@@ -440,6 +439,15 @@ template <>
 constexpr const GemmKernel* kBf16<Fp8> = &fp8_bf16;
 template <>
 constexpr const GemmKernel* kBf16<Mxfp8> = &mxfp8_bf16;
+#elif defined(POLYMOE_LEVEL_AVX512_BF16)
+template <>
+constexpr const GemmKernel* kBf16<Mxfp4> = &mxfp4_lanes;
+template <>
+constexpr const GemmKernel* kBf16<Int4> = &int4_lanes;
+template <>
+constexpr const GemmKernel* kBf16<Fp8> = &fp8_lanes;
+template <>
+constexpr const GemmKernel* kBf16<Mxfp8> = &mxfp8_lanes;
 #endif
 
 template <template <class> class Codec>

@@ -1,0 +1,177 @@
+// A strip of quantised weights: as many rows of W as a vector has lanes, with their scales.
+#pragma once
+
+#include "../formats/lanes.h"
+#include "../formats/scales.h"
+#include "streams.h"
+
+namespace polymoe::POLYMOE_LEVEL {
+namespace {
+
+constexpr int kStep = 32;                    // elements of the reduction
+constexpr int kPairs = kStep / 2;            // of a step
+constexpr int kLanes = VF::width;            // rows of W
+constexpr int kPanelSteps = kBlock / kStep;  // whose scales are prepared together
+constexpr int64_t kLine = 64, kPart = 16;    // bytes of a row that are brought into lanes, and decoded, together
+constexpr int kLineParts = int(kLine / kPart);
+
+inline int64_t steps_of(int64_t d) { return (d + kStep - 1) / kStep; }
+
+// Of kPanelSteps steps, by block: the scale, and what codes are adjusted by.
+struct Scales {
+  alignas(64) float factor[kPanelSteps][kLanes];
+  alignas(64) uint32_t adjust[kPanelSteps][kLanes];
+};
+
+// Steps of a block: those that share a scale.
+inline int block_steps(const QuantizedMatrix& m) { return int(m.scale_columns / kStep); }
+
+template <class C>
+constexpr int64_t kPanelParts = kPanelSteps * kStep * C::bits / 8 / kPart;
+
+template <class C>
+inline Bytes adjust_of(const Scales& scales, int64_t block) {
+  if constexpr (C::adjust != Adjust::blocks) return _mm512_setzero_si512();
+  return _mm512_load_si512(scales.adjust[block]);
+}
+
+// f(c, p, w): pairs p of CHAINS times four vectors of codes, of all of them in turn.
+template <class C, int CHAINS, class F>
+[[gnu::always_inline]] inline void each_pair(const Bytes (&v)[CHAINS][4], const Bytes (&adjust)[CHAINS], F&& f) {
+  bool usual = true;
+#pragma GCC unroll 4
+  for (int c = 0; c < CHAINS; ++c) usual = usual && C::usual(v[c], adjust[c]);
+  if (__builtin_expect(usual, 1)) {
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i)
+#pragma GCC unroll 4
+      for (int c = 0; c < CHAINS; ++c)
+        C::decode(
+            v[c][i], adjust[c], [&](int j, Bytes w) __attribute__((always_inline)) { f(c, i * C::pairs + j, w); });
+    return;
+  }
+  Bytes w[CHAINS][4 * C::pairs];
+  for (int c = 0; c < CHAINS; ++c) C::general(v[c], adjust[c], w[c]);
+#pragma GCC unroll 1
+  for (int p = 0; p < 4 * C::pairs; ++p)
+#pragma GCC unroll 4
+    for (int c = 0; c < CHAINS; ++c) f(c, p, w[c][p]);
+}
+
+template <class C>
+class Strip {
+ public:
+  static constexpr int64_t step_bytes = kStep * C::bits / 8;
+  static constexpr int parts = int(step_bytes / kPart);
+  static constexpr int part_pairs = kPairs / parts;
+  static_assert(part_pairs == 4 * C::pairs);
+
+  // Columns [column, column + count) of C, count <= kLanes; lanes past them repeat the last one.
+  Strip(const Weights& w, int64_t column, int64_t count, int64_t d)
+      : matrix_(*w.matrix), steps_(steps_of(d)), bytes_((d * C::bits + 7) / 8), block_(block_steps(matrix_)) {
+    for (int r = 0; r < kLanes; ++r) {
+      const MatrixRow row(matrix_, matrix_row(w, column + (r < count ? r : count - 1)));
+      row_[r] = row.data, scale_[r] = row.scale, zero_[r] = row.zero;
+    }
+  }
+  Strip(const Strip&) = delete;
+
+  // Scales of the rows that come `rows` rows on are asked for, too.
+  void look_ahead(int64_t rows) { scale_ahead_ = rows * matrix_.scale_stride; }
+
+  int64_t all_parts() const { return steps_ * parts; }
+  int block() const { return block_; }
+
+  // Bytes [at, at + kLine) of every row, zeros past the end: lane r of vector i has four of row r.
+  [[gnu::always_inline]] void load_line(int64_t at, Bytes (&v)[kLanes]) const {
+    VF rows[kLanes];
+    const int64_t left = bytes_ - at;
+    if (__builtin_expect(left >= kLine, 1)) {
+#pragma GCC unroll 16
+      for (int r = 0; r < kLanes; ++r) rows[r] = {_mm512_loadu_ps(row_[r] + at)};
+#pragma GCC unroll 16
+      for (int r = 0; r < kLanes; ++r) __builtin_prefetch(row_[r] + at + kLine, 0, 3);
+    } else {
+      const __mmask64 mask = (1ull << left) - 1;
+      for (int r = 0; r < kLanes; ++r) rows[r] = {_mm512_castsi512_ps(_mm512_maskz_loadu_epi8(mask, row_[r] + at))};
+    }
+    transpose(rows);
+#pragma GCC unroll 16
+    for (int i = 0; i < kLanes; ++i) v[i] = _mm512_castps_si512(rows[i].v);
+  }
+
+  // For steps [first, first + kPanelSteps), as far as there are any.
+  void prepare(int64_t first, Scales& scales) const {
+    const int64_t steps = steps_ - first < kPanelSteps ? steps_ - first : kPanelSteps;
+    if constexpr (C::adjust == Adjust::groups) {
+      prepare_groups(first, steps, scales);
+    } else {
+      prepare_blocks(first / block_, (steps + block_ - 1) / block_, scales);
+    }
+    if (first % (4 * kPanelSteps) == 0)
+      for (const char* const scale : scale_) __builtin_prefetch(scale + scale_ahead_ + first, 0, 2);
+  }
+
+ private:
+  void prepare_blocks(int64_t first, int64_t blocks, Scales& scales) const {
+    const auto load_bytes_of = [&](const char* const* from, int64_t at, int64_t bytes, Bytes(&v)[4]) {
+      const __mmask16 mask = lanes_below(bytes < 16 ? int(bytes) : 16);
+      load_lanes([&](int r) { return _mm_maskz_loadu_epi8(mask, from[r] + at); }, v);
+    };
+    Bytes v[4];
+    if (matrix_.exponents) {
+      load_bytes_of(scale_, first, blocks, v);
+      for (int b = 0; b < blocks; ++b) store(scales.factor[b], e8m0_of_byte(v[b / 4], b % 4));
+    } else {
+      for (int64_t b = 0; b < blocks; b += 4) {
+        load_bytes_of(scale_, (first + b) * 4, (blocks - b) * 4, v);
+        for (int i = 0; i < 4; ++i) _mm512_store_si512(scales.factor[b + i], v[i]);
+      }
+    }
+    if constexpr (C::adjust == Adjust::blocks) {
+      load_bytes_of(zero_, first, blocks, v);
+      for (int b = 0; b < blocks; ++b) {
+        const Bytes byte =
+            _mm512_add_epi8(_mm512_set1_epi8(char(b % 4)), _mm512_set4_epi32(0x0c0c0c0c, 0x08080808, 0x04040404, 0));
+        _mm512_store_si512(scales.adjust[b], _mm512_shuffle_epi8(v[b / 4], byte));
+      }
+    }
+  }
+
+  void prepare_groups(int64_t first, int64_t steps, Scales& scales) const {
+    Bytes v[4];
+    const __mmask16 mask = lanes_below(int(steps));
+    const __m128i one = _mm_set1_epi8(127);
+    load_lanes([&](int r) { return _mm_mask_loadu_epi8(one, mask, scale_[r] + first); }, v);
+    const auto next = [&](int i) { return _mm512_add_epi8(v[i], _mm512_set1_epi8(1)); };
+    const Bytes least = _mm512_min_epu8(_mm512_min_epu8(next(0), next(1)), _mm512_min_epu8(next(2), next(3)));
+    if (__builtin_expect(_mm512_cmple_epu8_mask(least, _mm512_set1_epi8(1)) != 0, 0)) {  // 2^-127, or NaN
+      for (int s = 0; s < kPanelSteps; ++s) store(scales.factor[s], e8m0_of_byte(v[s / 4], s % 4));
+      return;
+    }
+    const Bytes exponent = _mm512_set1_epi32(0x7f800000);
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) {
+      const Bytes places[4] = {_mm512_slli_epi32(v[i], 23), _mm512_slli_epi32(v[i], 15), _mm512_slli_epi32(v[i], 7),
+                               _mm512_srli_epi32(v[i], 1)};
+#pragma GCC unroll 4
+      for (int j = 0; j < 4; ++j) _mm512_store_si512(scales.factor[4 * i + j], _mm512_and_si512(places[j], exponent));
+    }
+  }
+
+  const QuantizedMatrix& matrix_;
+  int64_t steps_, bytes_;  // of a row
+  int block_;
+  int64_t scale_ahead_ = 0;
+  const char *row_[kLanes], *scale_[kLanes], *zero_[kLanes];
+};
+
+// Whether a block is two chains of sums, of even and of odd parts, that are added at its end: an addition has to wait
+// for the one before it. Blocks of one part are enough by themselves.
+template <class C>
+bool in_chains(const Strip<C>& strip) {
+  return strip.block() * Strip<C>::parts > 1;
+}
+
+}  // namespace
+}  // namespace polymoe::POLYMOE_LEVEL
