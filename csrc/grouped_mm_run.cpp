@@ -229,32 +229,34 @@ class ColumnWorker {
     const int64_t stride = ceil_div(columns, gemm_.width) * gemm_.width + kApart / size;
     char* const sums = scratch(Scratch::accumulators, block.rows * stride * size);
     const Operand w = p.w.at(column);
-    char* const out = p.out + block.begin * p.out_stride + column * size;
-    const bool direct = goes_direct(p, out, columns, size);
-    gemm_.multiply(panel_, block.rows, w.data, w.d_stride, columns, p.d, sums, stride, direct ? out : nullptr,
-                   p.out_stride / size);
+    char* const out = p.out + block.begin * p.out_stride + column * size_of(types_.out);
+    const bool direct = goes_direct(p, out, columns);
+    gemm_.multiply(panel_, block.rows, w.data, w.d_stride, columns, p.d, sums, stride,
+                   {direct ? out : nullptr, p.out_stride, size_of(types_.out) != size});
     if (!direct) write_sums(block, sums, stride, column, columns, types_, table_);
   }
 
  private:
-  // Whether the kernel may write sums past the caches itself: nothing is rounded or added, and vectors are aligned.
-  bool goes_direct(const Problem& p, const char* out, int64_t columns, int64_t size) const {
-    const int64_t vector = gemm_.width * size;
-    return types_.streams && !p.bias && size_of(types_.out) == size && columns % gemm_.width == 0 &&
-           p.out_stride % vector == 0 && reinterpret_cast<uintptr_t>(out) % uintptr_t(vector) == 0;
+  // Whether the kernel may write sums past the caches itself: nothing is added, they are rounded to its own type if to
+  // any, and rows are aligned.
+  bool goes_direct(const Problem& p, const char* out, int64_t columns) const {
+    constexpr int64_t kLine = 64;
+    const bool knows = types_.out == types_.in || size_of(types_.out) == accumulator_size(types_.in);
+    return types_.streams && !p.bias && knows && columns % gemm_.width == 0 && p.out_stride % kLine == 0 &&
+           reinterpret_cast<uintptr_t>(out) % uintptr_t(kLine) == 0;
   }
 
   void pack(const Block& block) {
     if (packed_ == &block) return;
     packed_ = &block;
     const Problem& p = *block.problem;
-    const int64_t size = accumulator_size(types_.in);
     const RowGroups groups(block.rows, gemm_.max_rows);
-    panel_ = scratch(Scratch::panel, block.rows * p.d * size);
+    const int64_t row_bytes = ceil_div(p.d, gemm_.step) * gemm_.step * gemm_.packed_size;
+    panel_ = scratch(Scratch::panel, block.rows * row_bytes);
     for (int64_t group = 0; group < groups.count; ++group) {
       const int64_t first = groups.first_row(group);
       const Operand a = p.a.at(block.begin + first);
-      gemm_.pack(a.data, a.row_stride, a.d_stride, groups.rows(group), p.d, panel_ + first * p.d * size);
+      gemm_.pack(a.data, a.row_stride, a.d_stride, groups.rows(group), p.d, panel_ + first * row_bytes);
     }
   }
 

@@ -34,7 +34,7 @@ struct Product {
   void run(const Task& task) const {
     const Dtype dtype = kernel_dtype(grad.scalar_type()), out_dtype = kernel_dtype(out.scalar_type());
     const RowGemm& gemm = *table.row_gemm->by_dtype[int(Dtype::f32)];
-    const RowGemm& packer = *table.row_gemm->by_dtype[int(dtype)];  // widens to the same panels
+    const RowGemm& packer = *table.row_gemm->by_dtype[int(dtype)];
     const int64_t N = grad.size(1), D = out.size(1), columns = std::min(kSlab, D - task.column);
     float* const slab = reinterpret_cast<float*>(scratch(Scratch::weights, std::max<int64_t>(N, 1) * kSlab * 4));
     const QuantizedMatrix matrix = weight.of_group(task.group);
@@ -51,10 +51,10 @@ struct Product {
       float* const sums = reinterpret_cast<float*>(scratch(Scratch::accumulators, count * stride * 4));
       for (int64_t group = 0; group < groups.count; ++group) {
         const int64_t row = groups.first_row(group);
-        packer.pack(rows.at(task.begin + first + row).data, rows.row_stride, rows.d_stride, groups.rows(group), N,
-                    panel + row * N * 4);
+        packer.widen(rows.at(task.begin + first + row).data, rows.row_stride, rows.d_stride, groups.rows(group), N,
+                     panel + row * N * 4);
       }
-      gemm.multiply(panel, count, reinterpret_cast<const char*>(slab), kSlab * 4, columns, N, sums, stride, nullptr, 0);
+      gemm.multiply(panel, count, reinterpret_cast<const char*>(slab), kSlab * 4, columns, N, sums, stride, {});
       for (int64_t r = 0; r < count; ++r) {
         char* const to = static_cast<char*>(out.mutable_data_ptr()) +
                          ((task.begin + first + r) * D + task.column) * size_of(out_dtype);

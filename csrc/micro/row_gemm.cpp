@@ -1,7 +1,9 @@
-// Register tiles of a few rows of A, one element at a time, by a few vectors of a row of W.
+// Register tiles of a few rows of A by a few vectors of a row of W, one element of the reduction at a time, or a pair.
 #include "row_gemm.h"
 
-#include "span.h"
+#include <type_traits>
+
+#include "row_products.h"
 
 namespace polymoe::POLYMOE_LEVEL {
 namespace {
@@ -20,21 +22,23 @@ constexpr int kMaxRows = 2, kVectors = 1;
 
 // What the row groups of a strip ask for while they compute: cache lines, row by row of a later strip of W.
 struct Fetch {
-  static constexpr int64_t line = 64, one = 256;
+  static constexpr int64_t line = 64;
   const char* row;
   int64_t stride, row_bytes;
-  int64_t per_step;         // in parts of `one`
-  int64_t at = 0, due = 0;  // of the next line in its row, and what of it has become due
+  int64_t left, per_step;  // lines, the same number in each step until there are no more: a branch that is foreseen
+  int64_t at = 0;          // of the next line in its row
 
   // The lines of `count` rows in `steps` steps of all groups; none where `rows` is null.
   Fetch(const char* rows, int64_t stride, int64_t row_bytes, int64_t count, int64_t steps)
       : row(rows), stride(stride), row_bytes(row_bytes) {
-    const int64_t all = rows ? count * ((row_bytes + line - 1) / line) : 0;
-    per_step = steps ? (all * one + steps - 1) / steps : 0;
+    left = rows ? count * ((row_bytes + line - 1) / line) : 0;
+    per_step = steps ? (left + steps - 1) / steps : 0;
   }
 
-  void step() {
-    for (due += per_step; due >= one; due -= one) {
+  [[gnu::always_inline]] void step() {
+    if (left <= 0) return;
+    left -= per_step;
+    for (int64_t i = 0; i < per_step; ++i) {
       __builtin_prefetch(row + at, 0, 2);
       at += line;
       if (at < row_bytes) continue;
@@ -44,183 +48,205 @@ struct Fetch {
   }
 };
 
-// Where a tile reads W: a strip of columns of W itself, or a copy of it, `stride` elements from row to row.
-template <class T>
+// Where a tile reads W: a strip of columns of W itself, or a copy of it.
+template <class P>
 struct Strip {
-  const T* w;
-  int64_t stride;
-  typename Compute<T>::Value* copy;  // takes what is read, kStrip elements from row to row; or null
+  const char* w;
+  int64_t stride;           // bytes from a row to the next, or from a step of a copy
+  int64_t rows;             // of W itself
+  typename P::Value* copy;  // takes what is read, kStrip elements from step to step; or null
 };
 
-// Where sums are kept from block to block of the reduction, and where the last block's go: past the caches to `out`,
-// or where `out` is null there, too.
-template <class Value>
+// Where sums are kept from block to block of the reduction, and where the last block's go: past the caches to `out`, as
+// they are or rounded to the type of W, or where `out` is null there, too.
+template <class P>
 struct Sums {
+  using Value = typename P::Value;
   Value* c;
   int64_t ldc;
-  Value* out;
-  int64_t ldo;
+  char* out;
+  int64_t ldo;  // bytes
+  bool rounded;
 
   Sums at(int64_t row, int64_t column) const {
-    return {c + row * ldc + column, ldc, out ? out + row * ldo + column : nullptr, ldo};
+    const int64_t size = rounded ? sizeof(typename P::Stored) : sizeof(Value);
+    return {c + row * ldc + column, ldc, out ? out + row * ldo + column * size : nullptr, ldo, rounded};
   }
 };
 
-template <class T>
-constexpr int64_t kStrip = kVectors * Compute<T>::Vector::width;
+template <class P>
+constexpr int64_t kStrip = kVectors * P::V::width;
 
-template <class T, int ROWS, int VECTORS, class Part>
-void tile(const typename Compute<T>::Value* a, const Strip<T>& strip, int64_t steps, bool add,
-          const Sums<typename Compute<T>::Value>& sums, Fetch& fetch, Part part) {
-  using V = typename Compute<T>::Vector;
+// COPIED: the strip is a copy.
+template <class P, bool COPIED, int ROWS, int VECTORS, class Part>
+[[gnu::noinline]] void tile(const typename P::Value* a, const Strip<P>& strip, int64_t steps, bool add,
+                            const Sums<P>& sums, Fetch& fetch, Part part) {
+  using V = typename P::V;
+  Fetch ahead = fetch;  // a copy, which stores cannot change
   V acc[ROWS * VECTORS];
 #pragma GCC unroll 32
   for (V& v : acc) v = set<V>(0);
-  const T* row = strip.w;
+  const char* row = strip.w;
+  int64_t left = strip.rows;
   auto* copy = strip.copy;
-  for (int64_t k = 0; k < steps; ++k, row += strip.stride) {
-    V x[VECTORS];
+  for (int64_t s = 0; s < steps; ++s) {
+    typename P::X x[VECTORS];
+    if constexpr (COPIED) {
 #pragma GCC unroll 4
-    for (int v = 0; v < VECTORS; ++v) x[v] = read<V>(row + v * V::width, part);
-    if (copy) {
+      for (int v = 0; v < VECTORS; ++v) x[v] = P::load(reinterpret_cast<const typename P::Value*>(row) + v * V::width);
+      row += strip.stride;
+    } else {
+      P::read(row, left > 1 ? strip.stride : 0, left > 1, x, part);
+      row += P::step * strip.stride;
+      left -= P::step;
+      if (copy) {
 #pragma GCC unroll 4
-      for (int v = 0; v < VECTORS; ++v) store(copy + v * V::width, x[v]);
-      copy += kStrip<T>;
+        for (int v = 0; v < VECTORS; ++v) P::store(copy + v * V::width, x[v]);
+        copy += kStrip<P>;
+      }
     }
-    fetch.step();
+    ahead.step();
 #pragma GCC unroll 8
     for (int i = 0; i < ROWS; ++i) {
-      const V factor = set<V>(a[k * ROWS + i]);
+      const typename P::X factor = P::factor(a + s * ROWS + i);
 #pragma GCC unroll 4
-      for (int v = 0; v < VECTORS; ++v) acc[i * VECTORS + v] = fma(factor, x[v], acc[i * VECTORS + v]);
+      for (int v = 0; v < VECTORS; ++v) acc[i * VECTORS + v] = P::multiply_add(acc[i * VECTORS + v], factor, x[v]);
     }
   }
+  fetch = ahead;
+  if (add)
 #pragma GCC unroll 8
-  for (int i = 0; i < ROWS; ++i)
+    for (int i = 0; i < ROWS; ++i)
 #pragma GCC unroll 4
-    for (int v = 0; v < VECTORS; ++v) {
-      auto* const c = sums.c + i * sums.ldc + v * V::width;
-      const V sum = add ? load<V>(c) + acc[i * VECTORS + v] : acc[i * VECTORS + v];
-      if (sums.out)
-        stream(sums.out + i * sums.ldo + v * V::width, sum);
+      for (int v = 0; v < VECTORS; ++v)
+        acc[i * VECTORS + v] = load<V>(sums.c + i * sums.ldc + v * V::width) + acc[i * VECTORS + v];
+  const auto each = [&](auto&& write) __attribute__((always_inline)) {
+    constexpr int kTogether = VECTORS % 2 == 0 ? 2 : 1;
+#pragma GCC unroll 8
+    for (int i = 0; i < ROWS; ++i)
+#pragma GCC unroll 2
+      for (int v = 0; v < VECTORS; v += kTogether)
+        write(i, v * V::width, acc[i * VECTORS + v], acc[i * VECTORS + v + kTogether - 1]);
+  };
+  const auto streams = [&](auto* to) __attribute__((always_inline)) {
+    using Out = std::remove_pointer_t<decltype(to)>;
+    each([&](int i, int at, V first, V second) __attribute__((always_inline)) {
+      Out* const row = reinterpret_cast<Out*>(sums.out + i * sums.ldo) + at;
+      if constexpr (VECTORS % 2 == 0)
+        stream(row, first, second);
       else
-        store(c, sum);
-    }
+        stream(row, first);
+    });
+  };
+  if (!sums.out)
+    each([&](int i, int at, V first, V second) __attribute__((always_inline)) {
+      store(sums.c + i * sums.ldc + at, first);
+      if constexpr (VECTORS % 2 == 0) store(sums.c + i * sums.ldc + at + V::width, second);
+    });
+  else if (sums.rounded)
+    streams(static_cast<typename P::Stored*>(nullptr));
+  else
+    streams(static_cast<typename P::Value*>(nullptr));
 }
 
-template <class T, int VECTORS, class Part>
-void tile_of(int rows, const typename Compute<T>::Value* a, const Strip<T>& strip, int64_t steps, bool add,
-             const Sums<typename Compute<T>::Value>& sums, Fetch& fetch, Part part) {
+template <class P, bool COPIED, int VECTORS, class Part>
+void tile_of(int rows, const typename P::Value* a, const Strip<P>& strip, int64_t steps, bool add, const Sums<P>& sums,
+             Fetch& fetch, Part part) {
   switch (rows) {
     case 1:
-      return tile<T, 1, VECTORS>(a, strip, steps, add, sums, fetch, part);
+      return tile<P, COPIED, 1, VECTORS>(a, strip, steps, add, sums, fetch, part);
     case 2:
-      return tile<T, 2, VECTORS>(a, strip, steps, add, sums, fetch, part);
+      return tile<P, COPIED, 2, VECTORS>(a, strip, steps, add, sums, fetch, part);
     case 3:
-      return tile<T, (kMaxRows >= 3 ? 3 : 1), VECTORS>(a, strip, steps, add, sums, fetch, part);
+      return tile<P, COPIED, (kMaxRows >= 3 ? 3 : 1), VECTORS>(a, strip, steps, add, sums, fetch, part);
     case 4:
-      return tile<T, (kMaxRows >= 4 ? 4 : 1), VECTORS>(a, strip, steps, add, sums, fetch, part);
+      return tile<P, COPIED, (kMaxRows >= 4 ? 4 : 1), VECTORS>(a, strip, steps, add, sums, fetch, part);
     case 5:
-      return tile<T, (kMaxRows >= 5 ? 5 : 1), VECTORS>(a, strip, steps, add, sums, fetch, part);
+      return tile<P, COPIED, (kMaxRows >= 5 ? 5 : 1), VECTORS>(a, strip, steps, add, sums, fetch, part);
     default:
-      return tile<T, (kMaxRows >= 6 ? 6 : 1), VECTORS>(a, strip, steps, add, sums, fetch, part);
+      return tile<P, COPIED, (kMaxRows >= 6 ? 6 : 1), VECTORS>(a, strip, steps, add, sums, fetch, part);
   }
+}
+
+template <class P>
+int64_t steps_of(int64_t d) {
+  return (d + P::step - 1) / P::step;
 }
 
 // The rows of A of a call.
-template <class T>
+template <class P>
 struct Rows {
-  const typename Compute<T>::Value* a;
+  const typename P::Value* a;
   RowGroups groups;
-  int64_t d;
+  int64_t steps;
 };
 
-// All row groups times one strip of VECTORS vectors, of rows [begin, begin + steps) of W. The first group reads W and
-// leaves a copy for the others, widened and dense: rows of W a power of two apart would fall into a few sets of the L1
-// cache. Together they ask for what is `ahead`, whose share is not worked out again for every tile: a tile of dW is
-// short.
-template <int VECTORS, class T, class Part>
-void multiply_strip(const Rows<T>& rows, Strip<T> strip, int64_t begin, int64_t steps,
-                    const Sums<typename Compute<T>::Value>& sums, const char* ahead, Part part) {
-  using V = typename Compute<T>::Vector;
-  const int64_t count = rows.groups.count, stride = strip.stride * int64_t(sizeof(T));
-  const Strip<typename Compute<T>::Value> dense{strip.copy, kStrip<T>, nullptr};
+// All row groups times one strip of VECTORS vectors, `strip.rows` rows of W from the one that step `begin` has on. The
+// first group reads W and leaves a copy for the others, widened or paired, and dense: rows of W a power of two apart
+// would fall into a few sets of the L1 cache. Together they ask for what is `ahead`, whose share is not worked out
+// again for every tile: a tile of dW is short.
+template <int VECTORS, class P, class Part>
+void multiply_strip(const Rows<P>& rows, Strip<P> strip, int64_t begin, const Sums<P>& sums, const char* ahead,
+                    Part part) {
+  const int64_t count = rows.groups.count, steps = steps_of<P>(strip.rows);
+  const Strip<P> dense{reinterpret_cast<const char*>(strip.copy), kStrip<P> * int64_t(sizeof(*strip.copy)), 0, nullptr};
   if (count == 1) strip.copy = nullptr;
-  Fetch fetch(ahead, stride, VECTORS * V::width * int64_t(sizeof(T)), steps, steps * count);
+  Fetch fetch(ahead, strip.stride, VECTORS * P::V::width * int64_t(sizeof(typename P::Stored)), strip.rows,
+              steps * count);
   for (int64_t group = 0; group < count; ++group) {
     const int64_t first = rows.groups.first_row(group);
     const int taken = rows.groups.rows(group);
-    const auto* const a = rows.a + first * rows.d + begin * taken;
+    const auto* const a = rows.a + first * rows.steps + begin * taken;
     if (group == 0)
-      tile_of<T, VECTORS>(taken, a, strip, steps, begin != 0, sums.at(first, 0), fetch, part);
+      tile_of<P, false, VECTORS>(taken, a, strip, steps, begin != 0, sums.at(first, 0), fetch, part);
     else
-      tile_of<typename Compute<T>::Value, VECTORS>(taken, a, dense, steps, begin != 0, sums.at(first, 0), fetch,
-                                                   Full{});
+      tile_of<P, true, VECTORS>(taken, a, dense, steps, begin != 0, sums.at(first, 0), fetch, Full{});
   }
 }
 
-template <class T>
+template <class P>
 void multiply(const void* a, int64_t m, const char* w, int64_t stride, int64_t n, int64_t d, void* c, int64_t ldc,
-              void* out, int64_t ldo) {
-  using V = typename Compute<T>::Vector;
-  using Value = typename Compute<T>::Value;
-  constexpr int64_t width = V::width, full = kStrip<T>;
-  const Rows<T> rows{static_cast<const Value*>(a), RowGroups(m, kMaxRows), d};
-  alignas(64) Value copy[kBlock * full];
+              const RowGemmOut& out) {
+  using Value = typename P::Value;
+  constexpr int64_t width = P::V::width, full = kStrip<P>, size = sizeof(typename P::Stored);
+  const Rows<P> rows{static_cast<const Value*>(a), RowGroups(m, kMaxRows), steps_of<P>(d)};
+  alignas(64) Value copy[kBlock / P::step * full];
   for (int64_t begin = 0; begin == 0 || begin < d; begin += kBlock) {
     const bool last = d - begin <= kBlock;
-    const int64_t steps = last ? d - begin : kBlock;
-    const Sums<Value> whole{static_cast<Value*>(c), ldc, last ? static_cast<Value*>(out) : nullptr, ldo};
+    const int64_t taken_rows = last ? d - begin : kBlock;
+    const Sums<P> whole{static_cast<Value*>(c), ldc, last ? static_cast<char*>(out.data) : nullptr, out.stride,
+                        out.rounded};
     for (int64_t j = 0; j < n;) {
       const int64_t left = n - j, taken = left >= full ? full : left >= width ? width : left;
-      const char* const from = w + begin * stride + j * int64_t(sizeof(T));
+      const char* const from = w + begin * stride + j * size;
       // The next strip is asked for while this one computes; after the last one, the next block's first.
       const char* const below = last ? nullptr : w + (begin + kBlock) * stride;
-      const char* const ahead = left > taken ? from + taken * int64_t(sizeof(T)) : below;
-      const Strip<T> strip{reinterpret_cast<const T*>(from), stride / int64_t(sizeof(T)), copy};
-      const Sums<Value> sums = whole.at(0, j);
+      const char* const ahead = left > taken ? from + taken * size : below;
+      const Strip<P> strip{from, stride, taken_rows, copy};
+      const Sums<P> sums = whole.at(0, j);
       if (taken == full)
-        multiply_strip<kVectors>(rows, strip, begin, steps, sums, ahead, Full{});
+        multiply_strip<kVectors>(rows, strip, begin / P::step, sums, ahead, Full{});
       else if (taken == width)
-        multiply_strip<1>(rows, strip, begin, steps, sums, ahead, Full{});
+        multiply_strip<1>(rows, strip, begin / P::step, sums, ahead, Full{});
       else
-        multiply_strip<1>(rows, strip, begin, steps, sums, ahead, Tail{int(taken)});
+        multiply_strip<1>(rows, strip, begin / P::step, sums, ahead, Tail{int(taken)});
       j += taken;
     }
   }
 }
 
-template <class T>
-void pack(const char* a, int64_t row_stride, int64_t d_stride, int64_t rows, int64_t d, void* out) {
-  auto* to = static_cast<typename Compute<T>::Value*>(out);
-  const auto at = [&](int64_t r, int64_t k) { return reinterpret_cast<const T*>(a + r * row_stride + k * d_stride); };
-  int64_t k = 0;
-#if !defined(POLYMOE_LEVEL_PORTABLE)
-  constexpr int64_t width = VF::width;
-  static_assert(kMaxRows <= width);
-  if (row_stride == int64_t(sizeof(T)))
-    for (; k < d; ++k) store_n(to + k * rows, load_n<VF>(at(0, k), int(rows)), int(rows));
-  else if (d_stride == int64_t(sizeof(T)))
-    for (; k + width <= d; k += width) {
-      VF v[width];
-      for (int64_t r = 0; r < width; ++r) v[r] = r < rows ? load<VF>(at(r, k)) : set<VF>(0);
-      transpose(v);
-      for (int64_t i = 0; i < width; ++i) store_n(to + (k + i) * rows, v[i], int(rows));
-    }
-#endif
-  for (; k < d; ++k)
-    for (int64_t r = 0; r < rows; ++r) to[k * rows + r] = widen(*at(r, k));
-}
-
-template <class T>
-constexpr RowGemm kernel = {kMaxRows, Compute<T>::Vector::width, pack<T>, multiply<T>};
+template <class P>
+constexpr RowGemm kernel = {kMaxRows,          P::V::width,
+                            P::step,           int(sizeof(typename P::Value)) / P::step,
+                            pack<P, kMaxRows>, pack<Widened<typename P::Stored>, kMaxRows>,
+                            multiply<P>};
 
 }  // namespace
 
 extern const RowGemmTable row_gemm_table;
-const RowGemmTable row_gemm_table = {{&kernel<float>, &kernel<bf16>, &kernel<f16>,
+const RowGemmTable row_gemm_table = {{&kernel<Widened<float>>, &kernel<OfBf16>, &kernel<Widened<f16>>,
 #if defined(POLYMOE_LEVEL_PORTABLE)
-                                      &kernel<double>
+                                      &kernel<Widened<double>>
 #else
                                       nullptr
 #endif

@@ -13,19 +13,30 @@
 
 namespace polymoe {
 
-struct RowGemm {
-  int max_rows;  // of a row group
-  int width;     // a row of C has room for a multiple of this
+// Where sums go that are neither added to nor biased: past the caches to rows `stride` bytes apart, in the type of the
+// sums, or rounded to that of W. Rows are aligned to a cache line.
+struct RowGemmOut {
+  void* data;
+  int64_t stride;
+  bool rounded;
+};
 
-  // Widens elements [0, d) of `rows` rows, a row group, to out[k * rows + row]. Strides in bytes.
+struct RowGemm {
+  int max_rows;     // of a row group
+  int width;        // a row of C has room for a multiple of this
+  int step;         // elements of the reduction taken at a time; packed rows of A are padded with zeros to whole steps
+  int packed_size;  // bytes that an element of A takes once packed
+
+  // Packs elements [0, d) of `rows` rows, a row group, as step s of row r to place s * rows + r. Strides in bytes.
   void (*pack)(const char* a, int64_t row_stride, int64_t d_stride, int64_t rows, int64_t d, void* out);
+  // The same as the kernel for the type of the sums has them.
+  void (*widen)(const char* a, int64_t row_stride, int64_t d_stride, int64_t rows, int64_t d, void* out);
 
   // c[i * ldc + j] for i < m, j < n, and anything in the rest of the last vector: f32, or f64 for f64. `a` holds the
-  // groups of RowGroups one after the other. Row k of W begins at w + k * stride; stride in bytes. With `out`, whose
-  // rows are aligned to a vector and `ldo` elements apart, the sums go there, past the caches, and c is for what they
-  // come to after a part of the reduction; `n` is then a multiple of `width`.
+  // groups of RowGroups one after the other. Row k of W begins at w + k * stride; stride in bytes. With `out.data` the
+  // sums go there, and c is for what they come to after a part of the reduction; `n` is then a multiple of `width`.
   void (*multiply)(const void* a, int64_t m, const char* w, int64_t stride, int64_t n, int64_t d, void* c, int64_t ldc,
-                   void* out, int64_t ldo);
+                   const RowGemmOut& out);
 };
 
 // nullptr where the level has no kernel for the dtype (f64 above the portable level).

@@ -28,13 +28,6 @@ void store_row(const void* acc, const void* bias, void* out, int64_t n) {
   }
 }
 
-// Two vectors that follow one another. A level may have a faster way for a type, with the same bits.
-template <class T, class V>
-inline void stream(T* p, V a, V b) {
-  stream(p, a);
-  stream(p + V::width, b);
-}
-
 template <class Out>
 void stream_rows(const void* acc, int64_t acc_stride, void* out, int64_t out_stride, int64_t rows, int64_t n) {
   using V = typename Compute<Out>::Vector;

@@ -69,18 +69,19 @@ inline void stream(T* p, VF a) {
 }
 #if defined(POLYMOE_LEVEL_AVX512_BF16)
 // Two vectors by one instruction and one store, unless a number is so small that the instruction would flush it.
-inline void stream(bf16* p, VF a, VF b) {
+[[gnu::noinline, gnu::cold]] inline void stream_small(bf16* p, VF a, VF b) {
+  __m256i* const to = reinterpret_cast<__m256i*>(p);
+  _mm256_stream_si256(to, narrow16(p, a));
+  _mm256_stream_si256(to + 1, narrow16(p, b));
+}
+[[gnu::always_inline]] inline void stream(bf16* p, VF a, VF b) {
   const __m512i exponent = _mm512_set1_epi32(0x7f800000);
   const __mmask16 small = _mm512_testn_epi32_mask(_mm512_castps_si512(a.v), exponent) |
                           _mm512_testn_epi32_mask(_mm512_castps_si512(b.v), exponent);
-  const __m512i both = __m512i(_mm512_cvtne2ps_pbh(b.v, a.v));
-  __m256i* const to = reinterpret_cast<__m256i*>(p);
-  if (small == 0 && reinterpret_cast<uintptr_t>(p) % 64 == 0) {
-    _mm512_stream_si512(reinterpret_cast<__m512i*>(p), both);
-    return;
-  }
-  _mm256_stream_si256(to, narrow16(p, a));
-  _mm256_stream_si256(to + 1, narrow16(p, b));
+  if (__builtin_expect(small == 0 && reinterpret_cast<uintptr_t>(p) % 64 == 0, 1))
+    _mm512_stream_si512(reinterpret_cast<__m512i*>(p), __m512i(_mm512_cvtne2ps_pbh(b.v, a.v)));
+  else
+    stream_small(p, a, b);
 }
 #endif
 inline void store_n(float* p, VF a, int n) { _mm512_mask_storeu_ps(p, lanes_below(n), a.v); }

@@ -29,6 +29,13 @@ inline void write(T* p, V v, Tail tail) {
   store_n(p, v, tail.n);
 }
 
+// Two vectors that follow one another. A level may have a faster way for a type, with the same bits.
+template <class T, class V>
+inline void stream(T* p, V a, V b) {
+  stream(p, a);
+  stream(p + V::width, b);
+}
+
 // f(i, Full{}) for every whole vector at element i, and f(i, Tail{left}) for the rest.
 template <class V, class F>
 inline void for_vectors(int64_t n, F f) {
