@@ -1,8 +1,6 @@
 // Register tiles of a few rows of A by a few vectors of a row of W, one element of the reduction at a time, or a pair.
 #include "row_gemm.h"
 
-#include <type_traits>
-
 #include "row_products.h"
 
 namespace polymoe::POLYMOE_LEVEL {
@@ -77,6 +75,45 @@ struct Sums {
 template <class P>
 constexpr int64_t kStrip = kVectors * P::V::width;
 
+// One or two vectors that follow one another.
+template <int COUNT, class T, class V>
+[[gnu::always_inline]] inline void stream_some(T* to, V first, V second) {
+  if constexpr (COUNT == 2)
+    stream(to, first, second);
+  else
+    stream(to, first);
+}
+
+// The sums of a tile, added to what C has or not, to where they go. Indices alone, no pointers into `acc`: it is in
+// registers.
+template <class P, int ROWS, int VECTORS>
+[[gnu::always_inline]] inline void put_sums(typename P::V (&acc)[ROWS * VECTORS], bool add, const Sums<P>& sums) {
+  using V = typename P::V;
+  constexpr int kTogether = VECTORS % 2 == 0 ? 2 : 1;
+#pragma GCC unroll 8
+  for (int i = 0; i < ROWS; ++i)
+#pragma GCC unroll 2
+    for (int v = 0; v < VECTORS; v += kTogether) {
+      auto* const c = sums.c + i * sums.ldc + v * V::width;
+      V& first = acc[i * VECTORS + v];
+      V& second = acc[i * VECTORS + v + kTogether - 1];
+      if (add) {
+        first = load<V>(c) + first;
+        if (kTogether == 2) second = load<V>(c + V::width) + second;
+      }
+      if (!sums.out) {
+        store(c, first);
+        if (kTogether == 2) store(c + V::width, second);
+      } else if (sums.rounded) {
+        stream_some<kTogether>(reinterpret_cast<typename P::Stored*>(sums.out + i * sums.ldo) + v * V::width, first,
+                               second);
+      } else {
+        stream_some<kTogether>(reinterpret_cast<typename P::Value*>(sums.out + i * sums.ldo) + v * V::width, first,
+                               second);
+      }
+    }
+}
+
 // COPIED: the strip is a copy.
 template <class P, bool COPIED, int ROWS, int VECTORS, class Part>
 [[gnu::noinline]] void tile(const typename P::Value* a, const Strip<P>& strip, int64_t steps, bool add,
@@ -114,39 +151,7 @@ template <class P, bool COPIED, int ROWS, int VECTORS, class Part>
     }
   }
   fetch = ahead;
-  if (add)
-#pragma GCC unroll 8
-    for (int i = 0; i < ROWS; ++i)
-#pragma GCC unroll 4
-      for (int v = 0; v < VECTORS; ++v)
-        acc[i * VECTORS + v] = load<V>(sums.c + i * sums.ldc + v * V::width) + acc[i * VECTORS + v];
-  const auto each = [&](auto&& write) __attribute__((always_inline)) {
-    constexpr int kTogether = VECTORS % 2 == 0 ? 2 : 1;
-#pragma GCC unroll 8
-    for (int i = 0; i < ROWS; ++i)
-#pragma GCC unroll 2
-      for (int v = 0; v < VECTORS; v += kTogether)
-        write(i, v * V::width, acc[i * VECTORS + v], acc[i * VECTORS + v + kTogether - 1]);
-  };
-  const auto streams = [&](auto* to) __attribute__((always_inline)) {
-    using Out = std::remove_pointer_t<decltype(to)>;
-    each([&](int i, int at, V first, V second) __attribute__((always_inline)) {
-      Out* const row = reinterpret_cast<Out*>(sums.out + i * sums.ldo) + at;
-      if constexpr (VECTORS % 2 == 0)
-        stream(row, first, second);
-      else
-        stream(row, first);
-    });
-  };
-  if (!sums.out)
-    each([&](int i, int at, V first, V second) __attribute__((always_inline)) {
-      store(sums.c + i * sums.ldc + at, first);
-      if constexpr (VECTORS % 2 == 0) store(sums.c + i * sums.ldc + at + V::width, second);
-    });
-  else if (sums.rounded)
-    streams(static_cast<typename P::Stored*>(nullptr));
-  else
-    streams(static_cast<typename P::Value*>(nullptr));
+  put_sums<P, ROWS, VECTORS>(acc, add, sums);
 }
 
 template <class P, bool COPIED, int VECTORS, class Part>
