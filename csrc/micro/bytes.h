@@ -43,6 +43,14 @@ inline VF e8m0_of_byte(Bytes x, int i) {
   return from_e8m0(_mm512_and_si512(_mm512_srli_epi32(x, unsigned(8 * i)), _mm512_set1_epi32(255)));
 }
 
+// 16 bytes of row r, r + 4, r + 8 and r + 12 in each of four vectors: lane r of v[i] gets bytes 4i to 4i + 3 of row r.
+[[gnu::always_inline]] inline void lanes_of_fours(__m512i a, __m512i b, __m512i c, __m512i d, Bytes* v) {
+  const __m512i low0 = _mm512_unpacklo_epi32(a, b), high0 = _mm512_unpackhi_epi32(a, b);
+  const __m512i low1 = _mm512_unpacklo_epi32(c, d), high1 = _mm512_unpackhi_epi32(c, d);
+  v[0] = _mm512_unpacklo_epi64(low0, low1), v[1] = _mm512_unpackhi_epi64(low0, low1);
+  v[2] = _mm512_unpacklo_epi64(high0, high1), v[3] = _mm512_unpackhi_epi64(high0, high1);
+}
+
 // 16 bytes of each of 16 rows, line(r) those of row r: lane r of vector i has bytes 4i to 4i + 3 of row r.
 template <class Line>
 [[gnu::always_inline]] inline void load_lanes(Line&& line, Bytes (&v)[4]) {
@@ -52,14 +60,29 @@ template <class Line>
     x = _mm512_inserti32x4(x, line(first + 8), 2);
     return _mm512_inserti32x4(x, line(first + 12), 3);
   };
-  const __m512i a = four(0), b = four(1), c = four(2), d = four(3);
-  const __m512i low0 = _mm512_unpacklo_epi32(a, b), high0 = _mm512_unpackhi_epi32(a, b);
-  const __m512i low1 = _mm512_unpacklo_epi32(c, d), high1 = _mm512_unpackhi_epi32(c, d);
-  v[0] = _mm512_unpacklo_epi64(low0, low1), v[1] = _mm512_unpackhi_epi64(low0, low1);
-  v[2] = _mm512_unpacklo_epi64(high0, high1), v[3] = _mm512_unpackhi_epi64(high0, high1);
+  lanes_of_fours(four(0), four(1), four(2), four(3), v);
 }
 inline void load_lanes(const char* const* row, int64_t at, Bytes (&v)[4]) {
   load_lanes([&](int r) { return _mm_loadu_si128(reinterpret_cast<const __m128i*>(row[r] + at)); }, v);
+}
+// The rows `stride` bytes apart, which takes few registers.
+[[gnu::always_inline]] inline void load_lanes(const char* from, int64_t stride, Bytes (&v)[4]) {
+  load_lanes([&](int r) { return _mm_loadu_si128(reinterpret_cast<const __m128i*>(from + r * stride)); }, v);
+}
+// 32 bytes of each row: half of the loads, which the dot products need as well, for a shuffle more.
+[[gnu::always_inline]] inline void load_lanes(const char* from, int64_t stride, Bytes (&v)[8]) {
+  const auto two = [&](int r) {
+    const auto line = [&](int i) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from + i * stride)); };
+    return _mm512_inserti64x4(_mm512_castsi256_si512(line(r)), line(r + 4), 1);
+  };
+  Bytes low[4], high[4];
+#pragma GCC unroll 4
+  for (int r = 0; r < 4; ++r) {
+    const __m512i x = two(r), y = two(r + 8);
+    low[r] = _mm512_shuffle_i32x4(x, y, 0x88), high[r] = _mm512_shuffle_i32x4(x, y, 0xdd);
+  }
+  lanes_of_fours(low[0], low[1], low[2], low[3], v);
+  lanes_of_fours(high[0], high[1], high[2], high[3], v + 4);
 }
 
 #elif defined(POLYMOE_LEVEL_AVX2)
@@ -92,10 +115,11 @@ inline VF e8m0_of_byte(Bytes x, int i) {
   return {_mm256_castsi256_ps(bits)};
 }
 
-// 16 bytes of each of 8 rows: lane r of vector i has bytes 4i to 4i + 3 of row r.
-inline void load_lanes(const char* const* row, int64_t at, Bytes (&v)[4]) {
+// 16 bytes of each of 8 rows, from row(r) on: lane r of vector i has bytes 4i to 4i + 3 of row r.
+template <class Row>
+[[gnu::always_inline]] inline void lanes_of_rows(Row&& row, Bytes* v) {
   const auto two = [&](int first) {
-    const auto line = [&](int r) { return _mm_loadu_si128(reinterpret_cast<const __m128i*>(row[r] + at)); };
+    const auto line = [&](int r) { return _mm_loadu_si128(reinterpret_cast<const __m128i*>(row(r))); };
     return _mm256_inserti128_si256(_mm256_castsi128_si256(line(first)), line(first + 4), 1);
   };
   const __m256i a = two(0), b = two(1), c = two(2), d = two(3);
@@ -149,11 +173,23 @@ inline Bytes dot(Bytes acc, Bytes w, int32_t a) {
 inline VF e8m0_of_byte(Bytes x, int i) {
   return map<float, VF::width>([&](int r) { return from_e8m0(uint8_t(x.v[r] >> 8 * i)); });
 }
-inline void load_lanes(const char* const* row, int64_t at, Bytes (&v)[4]) {
+template <class Row>
+inline void lanes_of_rows(Row&& row, Bytes* v) {
   for (int r = 0; r < VF::width; ++r)
-    for (int i = 0; i < 4; ++i) __builtin_memcpy(v[i].v + r, row[r] + at + 4 * i, 4);
+    for (int i = 0; i < 4; ++i) __builtin_memcpy(v[i].v + r, row(r) + 4 * i, 4);
 }
 
+#endif
+
+#if !defined(POLYMOE_LEVEL_AVX512) && !defined(POLYMOE_LEVEL_AVX512_BF16)
+inline void load_lanes(const char* const* row, int64_t at, Bytes (&v)[4]) {
+  lanes_of_rows([&](int r) { return row[r] + at; }, v);
+}
+// The rows `stride` bytes apart: 16 bytes of each, or 32.
+template <int COUNT>
+inline void load_lanes(const char* from, int64_t stride, Bytes (&v)[COUNT]) {
+  for (int i = 0; i < COUNT; i += 4) lanes_of_rows([&](int r) { return from + r * stride + 4 * i; }, v + i);
+}
 #endif
 
 }  // namespace

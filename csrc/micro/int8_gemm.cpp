@@ -28,11 +28,25 @@ constexpr int kFours = kPiece / 4;  // vectors of a piece, for every vector of c
 constexpr int kVectors = 2;         // of columns in a panel
 constexpr int kLanes = VF::width, kColumns = kVectors * kLanes;
 
-#if defined(POLYMOE_LEVEL_AVX512) || defined(POLYMOE_LEVEL_AVX512_BF16)
-constexpr int kMaxRows = 6;
+// Rows of A in a tile, with a vector of columns and with a panel. What dot products of weights in registers gain over a
+// panel shows where sums are long.
+#if defined(POLYMOE_LEVEL_AVX512_BF16) && !defined(POLYMOE_LEVEL_AMX)
+template <int GROUP>
+constexpr int kStoredRows = GROUP > 1 ? 10 : 6;
+constexpr int kPanelRows = 6;
+#elif defined(POLYMOE_LEVEL_AVX512) || defined(POLYMOE_LEVEL_AMX)
+template <int GROUP>
+constexpr int kStoredRows = 6;
+constexpr int kPanelRows = 6;
 #else
-constexpr int kMaxRows = 2;
+template <int GROUP>
+constexpr int kStoredRows = 2;
+constexpr int kPanelRows = 2;
 #endif
+
+// Rows of a row group: one tile of weights in registers, or as many whole ones as those with a panel allow.
+template <int GROUP>
+constexpr int kRows = (kStoredRows<GROUP> + kPanelRows - 1) / kPanelRows * kPanelRows;
 
 // --- weights: from lanes of four bytes to unsigned bytes, each the code plus `offset` --------------------------------
 
@@ -64,17 +78,14 @@ struct Int4Codes {
   static Bytes of_nibbles(Bytes x) { return x; }
 };
 
-// Rows of a tile: fewer where pieces have scales of their own, for the sums of a group take registers, too.
-template <class C, int GROUP>
-constexpr int kRows = kMaxRows > 5 && GROUP > 1 && C::by_piece ? 5 : kMaxRows;
-
 // Places in the workspace for kColumns columns of d elements, padded to whole groups of A.
 struct Space {
   int64_t pieces;
   Space(int64_t d, int64_t group) : pieces((d + group - 1) / group * group / kPiece) {}
-  int64_t bytes() const { return pieces * kColumns * (kPiece + 2 * 4); }
+  int64_t bytes() const { return pieces * (kColumns * (kPiece + 2 * 4) + kLanes * kPiece); }
   char* panel(char* base) const { return base; }
-  float* scale(char* base) const { return reinterpret_cast<float*>(base + pieces * kColumns * kPiece); }
+  char* copy(char* base) const { return base + pieces * kColumns * kPiece; }  // of kLanes rows of W
+  float* scale(char* base) const { return reinterpret_cast<float*>(copy(base) + pieces * kLanes * kPiece); }
   float* offset(char* base) const { return scale(base) + pieces * kColumns; }
 };
 
@@ -83,10 +94,11 @@ template <class C>
 class Stored {
  public:
   static constexpr int vectors = 1;
+  template <int GROUP>
+  static constexpr int max_rows = kStoredRows<GROUP>;
   static constexpr int64_t piece_bytes = kPiece * C::bits / 8;
 
-  Stored(const Weights& w, int64_t column, int64_t count, int64_t d)
-      : whole_(d / kPiece), used_((d + kPiece - 1) / kPiece), end_{} {
+  Stored(const Weights& w, int64_t column, int64_t count, int64_t d) : used_((d + kPiece - 1) / kPiece) {
     const QuantizedMatrix& m = *w.matrix;
     share_ = m.scale_columns ? m.scale_columns / kPiece : used_;
     for (int r = 0; r < kLanes; ++r) {
@@ -94,30 +106,35 @@ class Stored {
       row_[r] = row.data;
       scale_[r] = row.scale;
       zero_[r] = row.zero;
-      end_row_[r] = end_[r];
-      if (used_ > whole_)
-        __builtin_memcpy(end_[r], row_[r] + whole_ * piece_bytes, size_t((d % kPiece * C::bits + 7) / 8));
     }
+  }
+  // For `piece`, which takes rows evenly apart and whole groups of A; others are copied.
+  Stored(const Weights& w, int64_t column, int64_t count, int64_t d, const Space& space) : Stored(w, column, count, d) {
+    const bool one_run = column + kLanes <= w.split || column >= w.split;
+    from_ = row_[0], stride_ = w.row_step * w.matrix->data_stride;
+    if (count >= kLanes && one_run && d == space.pieces * kPiece) return;
+    char* const copy = space.copy(w.workspace);
+    const int64_t bytes = (d * C::bits + 7) / 8, padded = space.pieces * piece_bytes;
+    for (int r = 0; r < kLanes; ++r) {
+      __builtin_memcpy(copy + r * padded, row_[r], size_t(bytes));
+      __builtin_memset(copy + r * padded + bytes, 0, size_t(padded - bytes));
+    }
+    from_ = copy, stride_ = padded;
   }
   Stored(const Stored&) = delete;
 
   // f(i, 0, codes): the four elements i of kFours.
   template <class F>
   [[gnu::always_inline]] void piece(int64_t p, F&& f) const {
-    const char* const* const row = p < whole_ ? row_ : end_row_;
-    const int64_t at = p < whole_ ? p * piece_bytes : 0;
-#pragma GCC unroll 2
-    for (int part = 0; part < int(piece_bytes / 16); ++part) {
-      Bytes v[4];
-      load_lanes(row, at + part * 16, v);
-#pragma GCC unroll 4
-      for (int i = 0; i < 4; ++i) {
-        if constexpr (C::bits == 8) {
-          f(part * 4 + i, 0, flip_sign(v[i]));
-        } else {
-          f(2 * i, 0, C::of_nibbles(low_nibbles(v[i])));
-          f(2 * i + 1, 0, C::of_nibbles(high_nibbles(v[i])));
-        }
+    Bytes v[piece_bytes / 4];
+    load_lanes(from_ + p * piece_bytes, stride_, v);
+#pragma GCC unroll 8
+    for (int i = 0; i < int(piece_bytes / 4); ++i) {
+      if constexpr (C::bits == 8) {
+        f(i, 0, flip_sign(v[i]));
+      } else {
+        f(2 * i, 0, C::of_nibbles(low_nibbles(v[i])));
+        f(2 * i + 1, 0, C::of_nibbles(high_nibbles(v[i])));
       }
     }
   }
@@ -180,15 +197,18 @@ class Stored {
     }
   }
 
-  int64_t whole_, used_;  // pieces
-  int64_t share_;         // pieces that have one scale
-  const char *row_[kLanes], *scale_[kLanes], *zero_[kLanes], *end_row_[kLanes];
-  char end_[kLanes][piece_bytes];  // what does not make a whole piece
+  int64_t used_;   // pieces
+  int64_t share_;  // pieces that have one scale
+  const char *row_[kLanes], *scale_[kLanes], *zero_[kLanes];
+  const char* from_ = nullptr;  // rows for `piece`
+  int64_t stride_ = 0;
 };
 
 // The same in a panel, all columns of it.
 struct Panel {
   static constexpr int vectors = kVectors;
+  template <int GROUP>
+  static constexpr int max_rows = kPanelRows;
   const char* data;
 
   template <class C>
@@ -224,6 +244,12 @@ struct Task {
   int first, last;  // of what is asked for during four pieces
   float* c;
   int64_t ldc, columns;
+  int64_t together = 0;  // rows of A that are packed together
+
+  int left(int v) const {  // columns of vector v
+    const int64_t n = columns - v * kLanes;
+    return n < 0 ? 0 : n < kLanes ? int(n) : kLanes;
+  }
 };
 
 // GROUP pieces of A share a scale, and SUMMED of them are summed in integers.
@@ -234,13 +260,13 @@ void tile(const Piece* a, const Source& w, const Task& task) {
   VF total[kSums];
 #pragma GCC unroll 16
   for (VF& v : total) v = set<VF>(0);
-  for (int64_t g = 0; g < task.pieces; g += GROUP, a += ROWS * GROUP) {
+  for (int64_t g = 0; g < task.pieces; g += GROUP, a += task.together * GROUP) {
     VF part[kSums];
 #pragma GCC unroll 16
     for (VF& v : part) v = set<VF>(0);
     for (int p = 0; p < GROUP; p += SUMMED) {
       Bytes acc[kSums * kChains];
-#pragma GCC unroll 8
+#pragma GCC unroll 16
       for (int i = 0; i < ROWS; ++i)
 #pragma GCC unroll 2
         for (int v = 0; v < kWide; ++v)
@@ -250,7 +276,7 @@ void tile(const Piece* a, const Source& w, const Task& task) {
         for (int i = task.first + int((g + q) & 3); i < task.last; i += 4) task.ahead->ask();
         w.piece(
             g + q, [&](int four, int v, Bytes codes) __attribute__((always_inline)) {
-#pragma GCC unroll 8
+#pragma GCC unroll 16
               for (int i = 0; i < ROWS; ++i) {
                 int32_t x;
                 __builtin_memcpy(&x, a[i * GROUP + q].code + four * 4, 4);
@@ -264,7 +290,7 @@ void tile(const Piece* a, const Source& w, const Task& task) {
       for (int v = 0; v < kWide; ++v) {
         const int64_t at = (v * task.pieces + g + p) * kLanes;
         const VF scales = load<VF>(task.scale + at);
-#pragma GCC unroll 8
+#pragma GCC unroll 16
         for (int i = 0; i < ROWS; ++i) {
           VF exact = to_float(acc[i * kWide + v]);  // integers below 2^24, also with zero points
           if (task.offset) {
@@ -276,7 +302,7 @@ void tile(const Piece* a, const Source& w, const Task& task) {
         }
       }
     }
-#pragma GCC unroll 8
+#pragma GCC unroll 16
     for (int i = 0; i < ROWS; ++i)
 #pragma GCC unroll 2
       for (int v = 0; v < kWide; ++v) {
@@ -285,29 +311,17 @@ void tile(const Piece* a, const Source& w, const Task& task) {
       }
   }
   for (int i = 0; i < ROWS; ++i)
-    for (int v = 0; v < kWide; ++v) {
-      const int64_t left = task.columns - v * kLanes;
-      float* const out = task.c + i * task.ldc + v * kLanes;
-      if (left >= kLanes)
-        store(out, total[i * kWide + v]);
-      else if (left > 0)
-        store_n(out, total[i * kWide + v], int(left));
-    }
+    for (int v = 0; v < kWide; ++v) store_n(task.c + i * task.ldc + v * kLanes, total[i * kWide + v], task.left(v));
 }
 
 template <class Source>
 using Tile = void (*)(const Piece*, const Source&, const Task&);
 
-template <class Source, int GROUP, int SUMMED>
+template <class Source, int GROUP, int SUMMED, int ROWS = Source::template max_rows<GROUP>>
 Tile<Source> tile_of(int rows) {
-  static constexpr Tile<Source> tiles[] = {
-      tile<Source, 1, GROUP, SUMMED>, tile<Source, 2, GROUP, SUMMED>,
-#if defined(POLYMOE_LEVEL_AVX512) || defined(POLYMOE_LEVEL_AVX512_BF16)
-      tile<Source, 3, GROUP, SUMMED>, tile<Source, 4, GROUP, SUMMED>, tile<Source, 5, GROUP, SUMMED>,
-      tile<Source, 6, GROUP, SUMMED>
-#endif
-  };
-  return tiles[rows - 1];
+  if constexpr (ROWS > 1)
+    if (rows < ROWS) return tile_of<Source, GROUP, SUMMED, ROWS - 1>(rows);
+  return tile<Source, ROWS, GROUP, SUMMED>;
 }
 
 // Whether the elements of a group of A share a scale of the weights, too.
@@ -316,18 +330,25 @@ bool sums_whole_groups(const Weights& w) {
   return w.matrix->scale_columns % (GROUP * kPiece) == 0;  // 0: whole rows share one
 }
 
-// All row groups of A with the columns of a source. `task` says the rest, but of the groups.
+// All row groups of A with the columns of a source. `task` says the rest, but of the rows.
 template <int GROUP, class Source>
 void multiply_groups(const Piece* a, const RowGroups& groups, const Source& w, bool whole, const Task& task) {
+  const int64_t m = groups.first_row(groups.count);
   for (int64_t group = 0; group < groups.count; ++group) {
-    const int64_t first = groups.first_row(group);
-    const int count = groups.rows(group);
+    const int64_t begin = groups.first_row(group);
     Task part = task;
-    part.first = int(task.last * group / groups.count);
-    part.last = int(task.last * (group + 1) / groups.count);
-    part.c += first * task.ldc;
-    const auto run = whole ? tile_of<Source, GROUP, GROUP>(count) : tile_of<Source, GROUP, 1>(count);
-    run(a + first * task.pieces, w, part);
+    part.together = groups.rows(group);
+    const Piece* const rows = a + begin * task.pieces;
+    const RowGroups tiles(part.together, Source::template max_rows<GROUP>);
+    for (int64_t t = 0; t < tiles.count; ++t) {
+      const int64_t first = tiles.first_row(t);
+      const int count = tiles.rows(t);
+      part.first = int(task.last * (begin + first) / m);
+      part.last = int(task.last * (begin + first + count) / m);
+      part.c = task.c + (begin + first) * task.ldc;
+      const auto run = whole ? tile_of<Source, GROUP, GROUP>(count) : tile_of<Source, GROUP, 1>(count);
+      run(rows + first * GROUP, w, part);
+    }
   }
 }
 
@@ -371,7 +392,7 @@ void multiply_columns(const Piece* a, const RowGroups& groups, const Weights& w,
   float* const scale = space.scale(w.workspace);
   float* const offset = w.matrix->zero ? space.offset(w.workspace) : nullptr;
   Streams ahead = streams_ahead(w, j0 + kLanes, n, kLanes, d, C::bits);
-  const Stored<C> stored(w, j0, columns, d);
+  const Stored<C> stored(w, j0, columns, d, space);
   stored.prepare(space.pieces, scale, offset);
   const Task task{scale, offset, space.pieces, &ahead, 0, asks_in_four<C>(kLanes), c + j0, ldc, columns};
   multiply_groups<GROUP>(a, groups, stored, sums_whole_groups<GROUP>(w), task);
@@ -390,7 +411,7 @@ void multiply_panels(const Piece* a, const RowGroups& groups, const Weights& w, 
     Streams ahead = streams_ahead(w, j0 + kColumns, n, kColumns, d, C::bits);
     for (int v = 0; v < kVectors && v * kLanes < columns; ++v) {
       const int64_t at = v * space.pieces * kLanes;
-      const Stored<C> stored(w, j0 + v * kLanes, columns - v * kLanes, d);
+      const Stored<C> stored(w, j0 + v * kLanes, columns - v * kLanes, d, space);
       stored.prepare(space.pieces, scale + at, offset ? offset + at : nullptr);
       Panel::write(stored, space.pieces, panel + v * kLanes * 4);
     }
@@ -424,7 +445,7 @@ bool tiles_serve(const Weights& w, int64_t m, int64_t d) {
 
 template <class C, int GROUP>
 void multiply(const char* a, int64_t m, const Weights& w, int64_t n, int64_t d, void* out, int64_t ldc) {
-  const RowGroups groups(m, kRows<C, GROUP>);
+  const RowGroups groups(m, kRows<GROUP>);
   if (groups.count == 0) return;
   const Piece* const rows = reinterpret_cast<const Piece*>(a);
   float* const c = static_cast<float*>(out);
@@ -434,7 +455,7 @@ void multiply(const char* a, int64_t m, const Weights& w, int64_t n, int64_t d, 
     return few(rows, m, w, n, d, c, ldc);
   }
 #endif
-  if (decodes_once(m, kRows<C, GROUP>)) {
+  if (decodes_once(m, kStoredRows<GROUP>)) {
 #if defined(POLYMOE_LEVEL_AMX)
     if constexpr (kHasTiles<C, GROUP>)
       if (tiles_serve<C, GROUP>(w, m, d))
@@ -456,7 +477,7 @@ int64_t workspace(int64_t d) {
 }
 
 template <class C, int GROUP, class T>
-constexpr GemmKernel kernel = {GROUP * kPiece,         sizeof(Piece) / kPiece, kRows<C, GROUP>,    1,
+constexpr GemmKernel kernel = {GROUP * kPiece,         sizeof(Piece) / kPiece, kRows<GROUP>,       1,
                                pack_rows<C, GROUP, T>, multiply<C, GROUP>,     workspace<C, GROUP>};
 
 template <class C, int GROUP>
