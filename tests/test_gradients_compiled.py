@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch._inductor import config as inductor_config
 from torch.utils.checkpoint import checkpoint
 
 import polymoe
@@ -66,6 +67,8 @@ def whole_layer() -> torch.nn.Module:
 
 @pytest.mark.usefixtures("fresh_dynamo")
 @pytest.mark.parametrize("make", [Composed, whole_layer])
+# Its patterns make one addmm of a product and a sum, which BLAS may round once, depending on the machine.
+@inductor_config.patch(pattern_matcher=False)
 def test_inductor_compiles_forward_and_backward(make: Callable[[], torch.nn.Module], seed: int) -> None:
     """Both whole, once for all lengths, to eager's bits: beside ops and matmuls, which it calls, inductor adds only."""
     torch.manual_seed(seed)
