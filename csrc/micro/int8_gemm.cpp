@@ -28,25 +28,11 @@ constexpr int kFours = kPiece / 4;  // vectors of a piece, for every vector of c
 constexpr int kVectors = 2;         // of columns in a panel
 constexpr int kLanes = VF::width, kColumns = kVectors * kLanes;
 
-// Rows of A in a tile, with a vector of columns and with a panel. What dot products of weights in registers gain over a
-// panel shows where sums are long.
-#if defined(POLYMOE_LEVEL_AVX512_BF16) && !defined(POLYMOE_LEVEL_AMX)
-template <int GROUP>
-constexpr int kStoredRows = GROUP > 1 ? 10 : 6;
-constexpr int kPanelRows = 6;
-#elif defined(POLYMOE_LEVEL_AVX512) || defined(POLYMOE_LEVEL_AMX)
-template <int GROUP>
-constexpr int kStoredRows = 6;
+#if defined(POLYMOE_LEVEL_AVX512) || defined(POLYMOE_LEVEL_AVX512_BF16)
 constexpr int kPanelRows = 6;
 #else
-template <int GROUP>
-constexpr int kStoredRows = 2;
 constexpr int kPanelRows = 2;
 #endif
-
-// Rows of a row group: one tile of weights in registers, or as many whole ones as those with a panel allow.
-template <int GROUP>
-constexpr int kRows = (kStoredRows<GROUP> + kPanelRows - 1) / kPanelRows * kPanelRows;
 
 // --- weights: from lanes of four bytes to unsigned bytes, each the code plus `offset` --------------------------------
 
@@ -78,6 +64,20 @@ struct Int4Codes {
   static Bytes of_nibbles(Bytes x) { return x; }
 };
 
+// Rows of A in a tile with a vector of columns: more than with a panel where what they save of decoding is more than
+// what sums lose that leave the registers.
+#if defined(POLYMOE_LEVEL_AVX512_BF16) && !defined(POLYMOE_LEVEL_AMX)
+template <class C, int GROUP>
+constexpr int kStoredRows = C::bits == 4 || GROUP > 1 ? 10 : 8;
+#else
+template <class C, int GROUP>
+constexpr int kStoredRows = kPanelRows;
+#endif
+
+// Rows of a row group: a tile with a vector of columns, or as many with a panel as that takes.
+template <class C, int GROUP>
+constexpr int kRows = kStoredRows<C, GROUP> > kPanelRows ? 2 * kPanelRows : kPanelRows;
+
 // Places in the workspace for kColumns columns of d elements, padded to whole groups of A.
 struct Space {
   int64_t pieces;
@@ -93,9 +93,9 @@ struct Space {
 template <class C>
 class Stored {
  public:
-  static constexpr int vectors = 1;
+  static constexpr int vectors = 1, lines = C::bits == 8 ? 2 : 1;  // lines: Streams::ask
   template <int GROUP>
-  static constexpr int max_rows = kStoredRows<GROUP>;
+  static constexpr int max_rows = kStoredRows<C, GROUP>;
   static constexpr int64_t piece_bytes = kPiece * C::bits / 8;
 
   Stored(const Weights& w, int64_t column, int64_t count, int64_t d) : used_((d + kPiece - 1) / kPiece) {
@@ -206,7 +206,7 @@ class Stored {
 
 // The same in a panel, all columns of it.
 struct Panel {
-  static constexpr int vectors = kVectors;
+  static constexpr int vectors = kVectors, lines = 1;
   template <int GROUP>
   static constexpr int max_rows = kPanelRows;
   const char* data;
@@ -230,10 +230,10 @@ struct Panel {
 // --- the product -----------------------------------------------------------------------------------------------------
 
 // How often Streams::ask has to be called during four pieces for as much as `rows` rows take: for the lines of one,
-// since it asks for four.
-template <class C>
+// since it asks for four of them or, with LINES, for four times as many.
+template <class C, int LINES>
 constexpr int asks_in_four(int rows) {
-  return rows * int(Stored<C>::piece_bytes) / 64;
+  return rows * int(Stored<C>::piece_bytes) / (64 * LINES);
 }
 
 // What the columns of a tile are multiplied by, and where the sums go.
@@ -273,7 +273,7 @@ void tile(const Piece* a, const Source& w, const Task& task) {
           acc[i * kWide + v] = set_ints(SUMMED == 1 ? a[i * GROUP + p].begin : a[i * GROUP].group_begin);
       if (kChains == 2) acc[kSums * kChains - 1] = set_ints(0);
       for (int q = p; q < p + SUMMED; ++q) {
-        for (int i = task.first + int((g + q) & 3); i < task.last; i += 4) task.ahead->ask();
+        for (int i = task.first + int((g + q) & 3); i < task.last; i += 4) task.ahead->ask<Source::lines>();
         w.piece(
             g + q, [&](int four, int v, Bytes codes) __attribute__((always_inline)) {
 #pragma GCC unroll 16
@@ -394,7 +394,8 @@ void multiply_columns(const Piece* a, const RowGroups& groups, const Weights& w,
   Streams ahead = streams_ahead(w, j0 + kLanes, n, kLanes, d, C::bits);
   const Stored<C> stored(w, j0, columns, d, space);
   stored.prepare(space.pieces, scale, offset);
-  const Task task{scale, offset, space.pieces, &ahead, 0, asks_in_four<C>(kLanes), c + j0, ldc, columns};
+  const Task task{scale,  offset, space.pieces, &ahead, 0, asks_in_four<C, Stored<C>::lines>(kLanes),
+                  c + j0, ldc,    columns};
   multiply_groups<GROUP>(a, groups, stored, sums_whole_groups<GROUP>(w), task);
 }
 
@@ -415,7 +416,8 @@ void multiply_panels(const Piece* a, const RowGroups& groups, const Weights& w, 
       stored.prepare(space.pieces, scale + at, offset ? offset + at : nullptr);
       Panel::write(stored, space.pieces, panel + v * kLanes * 4);
     }
-    const Task task{scale, offset, space.pieces, &ahead, 0, asks_in_four<C>(kColumns), c + j0, ldc, columns};
+    const Task task{scale,  offset, space.pieces, &ahead, 0, asks_in_four<C, Panel::lines>(kColumns),
+                    c + j0, ldc,    columns};
     multiply_groups<GROUP>(a, groups, Panel{panel}, sums_whole_groups<GROUP>(w), task);
   }
 }
@@ -445,7 +447,7 @@ bool tiles_serve(const Weights& w, int64_t m, int64_t d) {
 
 template <class C, int GROUP>
 void multiply(const char* a, int64_t m, const Weights& w, int64_t n, int64_t d, void* out, int64_t ldc) {
-  const RowGroups groups(m, kRows<GROUP>);
+  const RowGroups groups(m, kRows<C, GROUP>);
   if (groups.count == 0) return;
   const Piece* const rows = reinterpret_cast<const Piece*>(a);
   float* const c = static_cast<float*>(out);
@@ -455,7 +457,7 @@ void multiply(const char* a, int64_t m, const Weights& w, int64_t n, int64_t d, 
     return few(rows, m, w, n, d, c, ldc);
   }
 #endif
-  if (decodes_once(m, kStoredRows<GROUP>)) {
+  if (decodes_once(m, kStoredRows<C, GROUP>)) {
 #if defined(POLYMOE_LEVEL_AMX)
     if constexpr (kHasTiles<C, GROUP>)
       if (tiles_serve<C, GROUP>(w, m, d))
@@ -477,7 +479,7 @@ int64_t workspace(int64_t d) {
 }
 
 template <class C, int GROUP, class T>
-constexpr GemmKernel kernel = {GROUP * kPiece,         sizeof(Piece) / kPiece, kRows<GROUP>,       1,
+constexpr GemmKernel kernel = {GROUP * kPiece,         sizeof(Piece) / kPiece, kRows<C, GROUP>,    1,
                                pack_rows<C, GROUP, T>, multiply<C, GROUP>,     workspace<C, GROUP>};
 
 template <class C, int GROUP>
