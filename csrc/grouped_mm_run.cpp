@@ -241,8 +241,8 @@ class ColumnWorker {
   // any, and rows are aligned.
   bool goes_direct(const Problem& p, const char* out, int64_t columns) const {
     constexpr int64_t kLine = 64;
-    const bool knows = types_.out == types_.in || size_of(types_.out) == accumulator_size(types_.in);
-    return types_.streams && !p.bias && knows && columns % gemm_.width == 0 && p.out_stride % kLine == 0 &&
+    const bool kernel_rounds = types_.out == types_.in || size_of(types_.out) == accumulator_size(types_.in);
+    return types_.streams && !p.bias && kernel_rounds && columns % gemm_.width == 0 && p.out_stride % kLine == 0 &&
            reinterpret_cast<uintptr_t>(out) % uintptr_t(kLine) == 0;
   }
 

@@ -16,13 +16,6 @@
 namespace polymoe::POLYMOE_LEVEL {
 namespace {
 
-struct InEights {  // elements of a pair are four apart, in eight codes of four bits
-  static constexpr int element(int place) { return place / 8 * 8 + place / 2 % 4 + place % 2 * 4; }
-};
-struct InFours {  // two apart, in four codes of eight bits
-  static constexpr int element(int place) { return place / 4 * 4 + place / 2 % 2 + place % 2 * 2; }
-};
-
 // Codes without exceptions.
 struct AlwaysUsual {
   static bool usual(const Bytes (&)[4], Bytes) { return true; }
@@ -103,9 +96,8 @@ struct E4m3Lanes : ByteLanes, Stored {
   static bool usual(const Bytes (&v)[4], Bytes) { return are_normal(v[0], v[1], v[2], v[3]); }
   template <class F>
   [[gnu::always_inline]] static void decode(Bytes v, Bytes, F&& f) {
-    const Bytes rebias = _mm512_set1_epi16(kRebias << 7);
-    f(0, normal_e4m3(even(v), rebias));
-    f(1, normal_e4m3(odd(v), rebias));
+    f(0, normal_e4m3(even(v), rebias()));
+    f(1, normal_e4m3(odd(v), rebias()));
   }
   static void general(const Bytes (&v)[4], Bytes, Bytes* out) {
     const auto number = [](Bytes x) { return with_sign(e4m3_magnitude(x), x); };

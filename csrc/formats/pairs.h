@@ -95,6 +95,7 @@ struct Int8<Pairs> : PairsIn<InHalves>, Int8Layout {
 
 // From the bias of e4m3's exponents to that of bf16's.
 constexpr int kRebias = 127 - 7;
+inline __m512i rebias() { return _mm512_set1_epi16(kRebias << 7); }
 
 // Codes of e4m3, in the order of parity: `x` below has them sixteenfold, as signed words.
 inline __m512i sixteenfold(const char* p) {
@@ -122,7 +123,7 @@ inline __m512i normal_e4m3(__m512i x, __m512i offset) {
 // Any codes: bf16 bits without the sign; and 0x7fff for NaN.
 inline __m512i e4m3_magnitude(__m512i x) {
   const __m512i code = _mm512_and_si512(x, _mm512_set1_epi16(0x7f0));
-  const __m512i normal = _mm512_add_epi16(code, _mm512_set1_epi16(kRebias << 7));
+  const __m512i normal = _mm512_add_epi16(code, rebias());
   // Subnormal codes and NaN are looked up: their low five bits are 0 to 7, and 31.
   const __m512i next = _mm512_and_si512(_mm512_add_epi16(code, _mm512_set1_epi16(0x10)), _mm512_set1_epi16(0x7f0));
   const __mmask32 special = _mm512_cmple_epu16_mask(next, _mm512_set1_epi16(0x80));
@@ -139,7 +140,6 @@ inline __m512i with_sign(__m512i magnitude, __m512i x) {
 
 template <>
 struct Fp8<Pairs> : PairsIn<InParity>, Fp8Layout {
-  static X offset(uint8_t) { return _mm512_set1_epi16(kRebias << 7); }
   static X decode(const char* p, uint8_t) {
     const __m512i x = sixteenfold(p);
     return with_sign(e4m3_magnitude(x), x);

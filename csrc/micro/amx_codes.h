@@ -77,8 +77,7 @@ struct TileCodes<Fp8<Pairs>> {
 
   static __m512i decode(const char* p, const uint32_t*) { return Fp8<Pairs>::decode(p, 0); }
   static void decode_together(const char* p, const uint32_t* adjust, char* out, int64_t stride) {
-    decode_e4m3(
-        p, out, stride, [&](int s) { return decode(p + 32 * s, adjust); }, [](int) { return Fp8<Pairs>::offset(0); });
+    decode_e4m3(p, out, stride, [&](int s) { return decode(p + 32 * s, adjust); }, [](int) { return rebias(); });
   }
 };
 

@@ -221,24 +221,11 @@ void pack_left(const char* const* rows, int64_t count, int64_t d, char* out) {
   }
 }
 
-// Joins kPanel elements of two rows into pairs: of the first half of the columns, and of the second.
-struct Pairs {
-  __m512i first_order, second_order;
-  Pairs() {
-    alignas(64) int16_t order[2][kPanel];
-    for (int i = 0; i < kPanel; ++i)
-      order[i / 16][i % 16 * 2] = int16_t(i), order[i / 16][i % 16 * 2 + 1] = int16_t(i + 32);
-    first_order = _mm512_load_si512(order[0]), second_order = _mm512_load_si512(order[1]);
-  }
-  __m512i first(__m512i even, __m512i odd) const { return _mm512_permutex2var_epi16(even, first_order, odd); }
-  __m512i second(__m512i even, __m512i odd) const { return _mm512_permutex2var_epi16(even, second_order, odd); }
-};
-
 // Two elements of the reduction at a time become pairs. They are in rows of memory that are far from one another, so a
 // few later ones are asked for.
 [[gnu::nothrow]] void pack_columns(const char* w, int64_t stride, int64_t n, int64_t d, char* out) {
   constexpr int64_t kAhead = 16;
-  const Pairs pairs;
+  const RowPairs pairs;
   const int64_t padded = steps_of(d) * kStep;
   for (int64_t k = 0; k < padded; k += 2) {
     const char* const even = w + k * stride;
@@ -275,7 +262,7 @@ int64_t column_workspace(int64_t d) {
 // as much is asked for from `ahead` on, unless that is null.
 [[gnu::nothrow]] void pack_block(const char* w, int64_t stride, int64_t panels, int64_t d, const char* ahead, char* out,
                                  int64_t panel_bytes) {
-  const Pairs pairs;
+  const RowPairs pairs;
   const __m512i zero = _mm512_setzero_si512();
   for (int64_t k = 0; k < steps_of(d) * kStep; k += 2)
     for (int64_t p = 0; p < panels; ++p) {

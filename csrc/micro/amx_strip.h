@@ -17,22 +17,8 @@ constexpr int64_t kPanelSteps = kBlock / kStep;     // whose scales are read tog
 // Scales of the rows of a strip, the first `blocks` of 32-bit ones or e8m0, with rows side by side.
 inline void load_scales(const char* const* scale, bool exponents, int64_t first, int64_t blocks,
                         float (*out)[kStripRows]) {
-  const auto load = [&](int tile, int64_t at, int64_t bytes, Bytes(&v)[4]) {
-    const __mmask16 mask = lanes_below(bytes < 16 ? int(bytes) : 16);
-    load_lanes([&](int r) { return _mm_maskz_loadu_epi8(mask, scale[tile * kTileRows + r] + at); }, v);
-  };
-  for (int tile = 0; tile < kTiles; ++tile) {
-    Bytes v[4];
-    if (exponents) {
-      load(tile, first, blocks, v);
-      for (int b = 0; b < blocks; ++b) store(out[b] + tile * kTileRows, e8m0_of_byte(v[b / 4], b % 4));
-      continue;
-    }
-    for (int64_t b = 0; b < blocks; b += 4) {
-      load(tile, (first + b) * 4, (blocks - b) * 4, v);
-      for (int64_t i = 0; i < 4 && b + i < blocks; ++i) _mm512_storeu_si512(out[b + i] + tile * kTileRows, v[i]);
-    }
-  }
+  for (int tile = 0; tile < kTiles; ++tile)
+    scale_lanes(scale + tile * kTileRows, exponents, first, blocks, *out + tile * kTileRows, kStripRows);
 }
 
 // Where the rows of a strip lie, and what decoding them takes; rows past the last one repeat it. With C::adjust ==

@@ -85,6 +85,26 @@ inline void load_lanes(const char* const* row, int64_t at, Bytes (&v)[4]) {
   lanes_of_fours(high[0], high[1], high[2], high[3], v + 4);
 }
 
+// The first `bytes` of the 16 that lie `at` bytes on in each of 16 rows, and zeros.
+inline void load_lanes(const char* const* row, int64_t at, int64_t bytes, Bytes (&v)[4]) {
+  const __mmask16 mask = lanes_below(bytes < 16 ? int(bytes) : 16);
+  load_lanes([&](int r) { return _mm_maskz_loadu_epi8(mask, row[r] + at); }, v);
+}
+// Scales of 16 rows, the first `blocks` <= 16 of 32-bit ones or e8m0, by block, `stride` floats apart.
+inline void scale_lanes(const char* const* scale, bool exponents, int64_t first, int64_t blocks, float* out,
+                        int64_t stride) {
+  Bytes v[4];
+  if (exponents) {
+    load_lanes(scale, first, blocks, v);
+    for (int64_t b = 0; b < blocks; ++b) store(out + b * stride, e8m0_of_byte(v[b / 4], int(b % 4)));
+    return;
+  }
+  for (int64_t b = 0; b < blocks; b += 4) {
+    load_lanes(scale, (first + b) * 4, (blocks - b) * 4, v);
+    for (int64_t i = 0; i < 4 && b + i < blocks; ++i) _mm512_storeu_si512(out + (b + i) * stride, v[i]);
+  }
+}
+
 #elif defined(POLYMOE_LEVEL_AVX2)
 
 using Bytes = __m256i;

@@ -13,6 +13,7 @@
 //
 // With AMX more than a few rows are left to amx_int8_activations.cpp, which takes the same steps, where it gains.
 #include "bytes.h"
+#include "even_rows.h"
 #include "int8_few_rows.h"
 #include "int8_piece.h"
 #include "quantized_ahead.h"
@@ -110,16 +111,8 @@ class Stored {
   }
   // For `piece`, which takes rows evenly apart and whole groups of A; others are copied.
   Stored(const Weights& w, int64_t column, int64_t count, int64_t d, const Space& space) : Stored(w, column, count, d) {
-    const bool one_run = column + kLanes <= w.split || column >= w.split;
-    from_ = row_[0], stride_ = w.row_step * w.matrix->data_stride;
-    if (count >= kLanes && one_run && d == space.pieces * kPiece) return;
-    char* const copy = space.copy(w.workspace);
-    const int64_t bytes = (d * C::bits + 7) / 8, padded = space.pieces * piece_bytes;
-    for (int r = 0; r < kLanes; ++r) {
-      __builtin_memcpy(copy + r * padded, row_[r], size_t(bytes));
-      __builtin_memset(copy + r * padded + bytes, 0, size_t(padded - bytes));
-    }
-    from_ = copy, stride_ = padded;
+    rows_ = even_rows(w, column, count, row_, kLanes, (d * C::bits + 7) / 8, space.pieces * piece_bytes,
+                      space.copy(w.workspace));
   }
   Stored(const Stored&) = delete;
 
@@ -127,7 +120,7 @@ class Stored {
   template <class F>
   [[gnu::always_inline]] void piece(int64_t p, F&& f) const {
     Bytes v[piece_bytes / 4];
-    load_lanes(from_ + p * piece_bytes, stride_, v);
+    load_lanes(rows_.from + p * piece_bytes, rows_.stride, v);
 #pragma GCC unroll 8
     for (int i = 0; i < int(piece_bytes / 4); ++i) {
       if constexpr (C::bits == 8) {
@@ -200,8 +193,7 @@ class Stored {
   int64_t used_;   // pieces
   int64_t share_;  // pieces that have one scale
   const char *row_[kLanes], *scale_[kLanes], *zero_[kLanes];
-  const char* from_ = nullptr;  // rows for `piece`
-  int64_t stride_ = 0;
+  EvenRows rows_;  // for `piece`
 };
 
 // The same in a panel, all columns of it.

@@ -1,15 +1,14 @@
 // The matmul microkernel for quantised weights and bf16 with columns as lanes. Codes are multiplied exactly; what a
-// block of them sums to is then multiplied by its scale and added to the total, which is one fused multiply-add:
+// step of 32 of them sums to is then multiplied by its scale and added to the total, which is one fused multiply-add:
 //
-//   total += scale[block] * sum over the block of x * code
+//   total += scale[step] * sum over the step of x * code
 //
-// For a row group of A codes are decoded in registers where they are used. For more they are decoded into a panel
-// first, once for all rows. Both add the same numbers in the same order.
+// So steps do not wait for each other. For a row group of A codes are decoded in registers where they are used. For
+// more they are decoded into a panel first, once for all rows. Both add the same numbers in the same order.
 #include "lane_gemm.h"
 
 #if defined(POLYMOE_LEVEL_AVX512_BF16) && !defined(POLYMOE_LEVEL_AMX)
 
-#include "../formats/packed.h"
 #include "lane_strip.h"
 #include "quantized_ahead.h"
 
@@ -29,119 +28,104 @@ constexpr int kVectors = 2, kColumns = kVectors * kLanes;  // of a panel
 
 // --- codes decoded where they are used -------------------------------------------------------------------------------
 
-// The products of a row group of A with a strip, line by line.
+// What is asked for while a few steps are multiplied, a line of each at a time.
+struct Asks {
+  const char* strip;  // lines of the next one
+  int row;            // rows of this one from here on
+  int64_t at;
+};
+
+// The products of a row group of A with a strip, line by line. ROWS <= kFewRows.
 template <class C, int ROWS>
-struct Group {
-  static constexpr int pairs = Strip<C>::part_pairs;
+class Group {
+ public:
+  Group(const char* a, const Strip<C>& strip) : a_(a), strip_(strip) {}
+  Group(const Group&) = delete;
 
-  const char* a;
-  const Strip<C>& strip;
-  Scales scales;
-  VF total[ROWS];
-
-  // Adds CHAINS parts of a line, from part `first` of the row on, to a sum each.
-  template <int CHAINS>
-  [[gnu::always_inline]] void add(const Bytes* line, int64_t first, const Bytes (&adjust)[CHAINS],
-                                  VF (&acc)[CHAINS][ROWS]) const {
-    Bytes v[CHAINS][4];
-#pragma GCC unroll 4
-    for (int c = 0; c < CHAINS; ++c)
-#pragma GCC unroll 4
-      for (int i = 0; i < 4; ++i) v[c][i] = line[4 * c + i];
-    const char* const x = a + first * (pairs * ROWS * 4);
-    each_pair<C, CHAINS>(
-        v, adjust, [&](int c, int p, Bytes w) __attribute__((always_inline)) {
+  void multiply(Streams& ahead, VF (&total)[ROWS]) {
+    // Steps at a time: an addition to a sum waits six cycles for the one before.
+    constexpr int kChains = ROWS == 1 ? kLineSteps : ROWS <= 5 ? 2 : 1;
+    VF sum[ROWS];
 #pragma GCC unroll 16
-          for (int i = 0; i < ROWS; ++i) acc[c][i] = add_pairs(acc[c][i], x + ((c * pairs + p) * ROWS + i) * 4, w);
-        });
-  }
-  [[gnu::always_inline]] void add_block(const VF (&acc)[ROWS], int64_t block) {
-    const VF factor = load<VF>(scales.factor[block]);
-#pragma GCC unroll 16
-    for (int i = 0; i < ROWS; ++i) total[i] = fma(acc[i], factor, total[i]);
-  }
-  template <int CHAINS>
-  static void clear(VF (&acc)[CHAINS][ROWS]) {
+    for (VF& v : sum) v = set<VF>(0);
+    const int64_t steps = strip_.steps(), whole = steps / kLineSteps * kLineSteps;
+    for (int64_t step = 0; step < whole; step += kLineSteps) {
+      if (step % kPanelSteps == 0) strip_.prepare(step, scales_);
+      Bytes line[kLanes];
+      strip_.load_line(step * Strip<C>::step_bytes, line);
 #pragma GCC unroll 4
-    for (auto& of_chain : acc)
+      for (int i = 0; i < kLineSteps; i += kChains) {
+        const Asks asks{ahead.take<kChains * kParts>(), i * kParts * 4, (step + kLineSteps) * Strip<C>::step_bytes};
+        add<kChains>(line + i * kParts * 4, step + i, asks, sum);
+      }
+    }
+    if (whole < steps) {
+      if (whole % kPanelSteps == 0) strip_.prepare(whole, scales_);
+      Bytes line[kLanes];
+      strip_.load_line(whole * Strip<C>::step_bytes, line);
+      const Asks nothing{a_, 0, 0};  // that the caches do not hold
+      for (int64_t step = whole; step < steps; ++step) add<1>(line + (step - whole) * kParts * 4, step, nothing, sum);
+    }
 #pragma GCC unroll 16
-      for (VF& v : of_chain) v = set<VF>(0);
+    for (int i = 0; i < ROWS; ++i) total[i] = sum[i];
   }
 
-  // CHAINS blocks of one part each.
+ private:
+  static constexpr int kParts = Strip<C>::parts, kPartPairs = Strip<C>::part_pairs, kLineSteps = kLineParts / kParts;
+
+  // Steps [first, first + CHAINS), each a sum of its own.
   template <int CHAINS>
-  [[gnu::always_inline]] void add_parts(const Bytes* line, int64_t part) {
-    const int64_t block = part % kPanelParts<C>;
+  [[gnu::always_inline]] void add(const Bytes* line, int64_t first, const Asks& asks, VF (&sum)[ROWS]) const {
     VF acc[CHAINS][ROWS];
     Bytes adjust[CHAINS];
-    clear(acc);
 #pragma GCC unroll 4
-    for (int c = 0; c < CHAINS; ++c) adjust[c] = adjust_of<C>(scales, block + c);
-    add<CHAINS>(line, part, adjust, acc);
-#pragma GCC unroll 4
-    for (int c = 0; c < CHAINS; ++c) add_block(acc[c], block + c);
-  }
-
-  void multiply_short_blocks(Streams& ahead) {
-    constexpr int kChains = ROWS == 1 ? 4 : ROWS <= 5 ? 2 : 1;
-    const int64_t parts = strip.all_parts();
-    for (int64_t part = 0; part < parts; part += kLineParts) {
-      if (part % kPanelParts<C> == 0) strip.prepare(part / Strip<C>::parts, scales);
-      Bytes line[kLanes];
-      strip.load_line(part * kPart, line);
-      const int64_t count = parts - part < kLineParts ? parts - part : kLineParts;
-      if (__builtin_expect(count == kLineParts, 1)) {
-#pragma GCC unroll 4
-        for (int i = 0; i < kLineParts; i += kChains) {
-          ahead.ask<kChains>();
-          add_parts<kChains>(line + 4 * i, part + i);
-        }
-      } else {
-        for (int64_t i = 0; i < count; ++i) add_parts<1>(line + 4 * i, part + i);
-      }
-    }
-  }
-
-  void multiply_long_blocks(Streams& ahead) {
-    const int64_t parts = strip.all_parts(), of_block = strip.block() * Strip<C>::parts;
-    VF acc[2][ROWS];
-    clear(acc);
-    for (int64_t part = 0; part < parts; part += kLineParts) {
-      if (part % kPanelParts<C> == 0) strip.prepare(part / Strip<C>::parts, scales);
-      Bytes line[kLanes];
-      strip.load_line(part * kPart, line);
-      ahead.ask<kLineParts>();  // as many lines as are read
-#pragma GCC unroll 2
-      for (int i = 0; i < kLineParts; i += 2) {
-        const int64_t at = part + i, block = at % kPanelParts<C> / of_block;
-        if (at >= parts) break;
-        const Bytes adjust = adjust_of<C>(scales, block);
-        if (__builtin_expect(at + 1 < parts, 1))
-          add<2>(line + 4 * i, at, {adjust, adjust}, acc);
-        else
-          add<1>(line + 4 * i, at, {adjust}, reinterpret_cast<VF(&)[1][ROWS]>(acc));
-        if ((at + 2) % of_block != 0 && at + 2 < parts) continue;
+    for (int c = 0; c < CHAINS; ++c) {
+      adjust[c] = adjust_of<C>(scales_, strip_.block(first + c));
 #pragma GCC unroll 16
-        for (int r = 0; r < ROWS; ++r) acc[0][r] = acc[0][r] + acc[1][r];
-        add_block(acc[0], block);
-        clear(acc);
-      }
+      for (VF& v : acc[c]) v = set<VF>(0);
+    }
+    const char* const x = a_ + first * (kPairs * ROWS * 4);
+    const auto ask = [&](int i) __attribute__((always_inline)) {
+      __builtin_prefetch(asks.strip + i * kLine, 0, 2);
+      strip_.ask_row(asks.row + i, asks.at);
+    };
+#pragma GCC unroll 2
+    for (int part = 0; part < kParts; ++part) {
+      Bytes v[CHAINS][4];
+#pragma GCC unroll 4
+      for (int c = 0; c < CHAINS; ++c)
+#pragma GCC unroll 4
+        for (int i = 0; i < 4; ++i) v[c][i] = line[(c * kParts + part) * 4 + i];
+      each_pair<C, CHAINS>(
+          v, adjust, [&](int c, int p, Bytes w) __attribute__((always_inline)) {
+            if (p % C::pairs == 0) ask((part * 4 + p / C::pairs) * CHAINS + c);
+            const char* const pair = x + (c * kPairs + part * kPartPairs + p) * (ROWS * 4);
+#pragma GCC unroll 16
+            for (int i = 0; i < ROWS; ++i) acc[c][i] = add_pairs(acc[c][i], pair + i * 4, w);
+          });
+    }
+#pragma GCC unroll 4
+    for (int c = 0; c < CHAINS; ++c) {
+      const VF factor = load<VF>(scales_.factor[strip_.block(first + c)]);
+#pragma GCC unroll 16
+      for (int i = 0; i < ROWS; ++i) sum[i] = fma(acc[c][i], factor, sum[i]);
     }
   }
+
+  const char* a_;
+  const Strip<C>& strip_;
+  Scales scales_;
 };
 
 template <class C, int ROWS>
 void multiply_group(const Strip<C>& strip, const char* a, Streams ahead, float* c, int64_t ldc, int64_t columns) {
-  Group<C, ROWS> group{a, strip, {}, {}};
-  if (in_chains(strip))
-    group.multiply_long_blocks(ahead);
-  else
-    group.multiply_short_blocks(ahead);
+  VF total[ROWS];
+  Group<C, ROWS>(a, strip).multiply(ahead, total);
   for (int i = 0; i < ROWS; ++i)
     if (columns == kLanes)
-      store(c + i * ldc, group.total[i]);
+      store(c + i * ldc, total[i]);
     else
-      store_n(c + i * ldc, group.total[i], int(columns));
+      store_n(c + i * ldc, total[i], int(columns));
 }
 
 // --- codes decoded into a panel --------------------------------------------------------------------------------------
@@ -150,20 +134,19 @@ void multiply_group(const Strip<C>& strip, const char* a, Streams ahead, float* 
 struct Task {
   const char* panel;
   const Scales* scales;  // by vector
-  int64_t parts, block;  // parts of a step, of the panel and of a block
+  int64_t steps;
+  int shift;  // block_shift
   bool add;
   Streams* ahead;
-  int asks;  // for what is needed next, in a block
+  int asks;  // for what is needed next, in a step
   float* c;
   int64_t ldc;
   __mmask16 columns[kVectors];
 };
 
-// A part has PAIRS pairs; `stride`: rows of the group.
-template <int ROWS, int PAIRS, int CHAINS>
+// `stride`: rows of the group.
+template <int ROWS>
 void tile(const char* a, int64_t stride, const Task& task) {
-  constexpr int64_t w_bytes = kVectors * kLine;
-  const int64_t a_bytes = stride * 4;
   VF total[ROWS][kVectors];
 #pragma GCC unroll 8
   for (int i = 0; i < ROWS; ++i)
@@ -172,44 +155,27 @@ void tile(const char* a, int64_t stride, const Task& task) {
       total[i][v] = {task.add ? _mm512_maskz_loadu_ps(task.columns[v], task.c + i * task.ldc + v * kLanes)
                               : _mm512_setzero_ps()};
   const char* w = task.panel;
-  for (int64_t first = 0, b = 0; first < task.parts; first += task.block, ++b) {
-    const int64_t parts = task.parts - first < task.block ? task.parts - first : task.block;
+  for (int64_t step = 0; step < task.steps; ++step) {
     for (int i = 0; i < task.asks; ++i) task.ahead->ask();
-    VF acc[CHAINS][ROWS][kVectors];
-#pragma GCC unroll 2
-    for (int c = 0; c < CHAINS; ++c)
+    VF acc[ROWS][kVectors];
 #pragma GCC unroll 8
-      for (int i = 0; i < ROWS; ++i)
+    for (int i = 0; i < ROWS; ++i)
 #pragma GCC unroll 2
-        for (int v = 0; v < kVectors; ++v) acc[c][i][v] = set<VF>(0);
-    const auto add = [&](int c) __attribute__((always_inline)) {
-      const char* const pairs = w + c * (PAIRS * w_bytes);
-      const char* const x = a + c * (PAIRS * a_bytes);
-      const Bytes w0 = load_bytes(pairs), w1 = load_bytes(pairs + kLine);
+      for (int v = 0; v < kVectors; ++v) acc[i][v] = set<VF>(0);
+#pragma GCC unroll 2
+    for (int p = 0; p < kPairs; ++p, a += stride * 4, w += kVectors * kLine) {
+      const Bytes w0 = load_bytes(w), w1 = load_bytes(w + kLine);
 #pragma GCC unroll 8
       for (int i = 0; i < ROWS; ++i) {
-        acc[c][i][0] = add_pairs(acc[c][i][0], x + i * 4, w0);
-        acc[c][i][1] = add_pairs(acc[c][i][1], x + i * 4, w1);
+        acc[i][0] = add_pairs(acc[i][0], a + i * 4, w0);
+        acc[i][1] = add_pairs(acc[i][1], a + i * 4, w1);
       }
-    };
-    int64_t part = 0;
-    for (; part + CHAINS <= parts; part += CHAINS) {
-#pragma GCC unroll 2
-      for (int p = 0; p < PAIRS; ++p, a += a_bytes, w += w_bytes)
-#pragma GCC unroll 2
-        for (int c = 0; c < CHAINS; ++c) add(c);
-      a += (CHAINS - 1) * PAIRS * a_bytes, w += (CHAINS - 1) * PAIRS * w_bytes;
     }
-    if (CHAINS > 1 && part < parts)
-      for (int p = 0; p < PAIRS; ++p, a += a_bytes, w += w_bytes) add(0);
 #pragma GCC unroll 2
     for (int v = 0; v < kVectors; ++v) {
-      const VF factor = load<VF>(task.scales[v].factor[b]);
+      const VF factor = load<VF>(task.scales[v].factor[step >> task.shift]);
 #pragma GCC unroll 8
-      for (int i = 0; i < ROWS; ++i) {
-        const VF sum = CHAINS == 2 ? acc[0][i][v] + acc[CHAINS - 1][i][v] : acc[0][i][v];
-        total[i][v] = fma(sum, factor, total[i][v]);
-      }
+      for (int i = 0; i < ROWS; ++i) total[i][v] = fma(acc[i][v], factor, total[i][v]);
     }
   }
 #pragma GCC unroll 8
@@ -219,15 +185,15 @@ void tile(const char* a, int64_t stride, const Task& task) {
       _mm512_mask_storeu_ps(task.c + i * task.ldc + v * kLanes, task.columns[v], total[i][v].v);
 }
 
-// Parts [first, first + parts) of a strip.
+// Steps [first, first + steps) of a strip, of a panel whose scales are prepared.
 template <class C>
-void decode_panel(const Strip<C>& strip, int64_t first, int64_t parts, const Scales& scales, char* out) {
-  const int64_t of_block = strip.block() * Strip<C>::parts;
+void decode_panel(const Strip<C>& strip, int64_t first, int64_t steps, const Scales& scales, char* out) {
+  const int64_t parts = steps * Strip<C>::parts;
   for (int64_t part = 0; part < parts; part += kLineParts) {
     Bytes line[kLanes];
-    strip.load_line((first + part) * kPart, line);
+    strip.load_line(first * Strip<C>::step_bytes + part * kPart, line);
     for (int64_t i = 0; i < kLineParts && part + i < parts; ++i) {
-      const Bytes adjust[1] = {adjust_of<C>(scales, (part + i) / of_block)};
+      const Bytes adjust[1] = {adjust_of<C>(scales, strip.block((part + i) / Strip<C>::parts))};
       Bytes v[1][4];
 #pragma GCC unroll 4
       for (int j = 0; j < 4; ++j) v[0][j] = line[4 * i + j];
@@ -249,12 +215,20 @@ auto by_rows(int rows, const F& f) {
   return f(std::integral_constant<int, ROWS>());
 }
 
+constexpr int64_t kPanelBytes = kPanelSteps * kPairs * kVectors * kLine;
+
+// Of the workspace: room for the copy of strip `i`, after the panel.
+template <class C>
+char* copy_of(const Weights& w, int64_t d, int i) {
+  return w.workspace + kPanelBytes + i * Strip<C>::copy_bytes(d);
+}
+
 template <class C>
 void multiply_in_registers(const char* a, int rows, const Weights& w, int64_t n, int64_t d, float* c, int64_t ldc) {
   const auto product = by_rows<kFewRows>(rows, [](auto count) { return &multiply_group<C, count.value>; });
   for (int64_t j = 0; j < n; j += kLanes) {
     const int64_t columns = n - j < kLanes ? n - j : kLanes;
-    Strip<C> strip(w, j, columns, d);
+    Strip<C> strip(w, j, columns, d, copy_of<C>(w, d, 0));
     if (j + kLanes < n) strip.look_ahead(kLanes * w.row_step);
     product(strip, a, streams_ahead(w, j + kLanes, n, kLanes, d, C::bits), c + j, ldc, columns);
   }
@@ -266,20 +240,20 @@ void multiply_panels(const char* a, const RowGroups& groups, const Weights& w, i
   const int64_t all = steps_of(d);
   for (int64_t j = 0; j < n; j += kColumns) {
     const int64_t columns = n - j < kColumns ? n - j : kColumns, second = columns > kLanes ? columns - kLanes : 0;
-    const Strip<C> strip[kVectors] = {{w, j, columns - second, d},
-                                      {w, j + (second ? kLanes : 0), second ? second : columns, d}};
+    const Strip<C> strip[kVectors] = {
+        {w, j, columns - second, d, copy_of<C>(w, d, 0)},
+        {w, j + (second ? kLanes : 0), second ? second : columns, d, copy_of<C>(w, d, 1)}};
     Streams ahead = streams_ahead(w, j + kColumns, n, kColumns, d, C::bits);
-    const int64_t block = strip[0].block() * Strip<C>::parts;
     Scales scales[kVectors];
     for (int64_t first = 0; first < all; first += kPanelSteps) {
-      const int64_t parts = (all - first < kPanelSteps ? all - first : kPanelSteps) * Strip<C>::parts;
+      const int64_t steps = all - first < kPanelSteps ? all - first : kPanelSteps;
       for (int v = 0; v < kVectors; ++v) {
         strip[v].prepare(first, scales[v]);
-        decode_panel(strip[v], first * Strip<C>::parts, parts, scales[v], w.workspace + v * kLine);
+        decode_panel(strip[v], first, steps, scales[v], w.workspace + v * kLine);
       }
       // A strip asks for as much as it takes.
-      const int64_t asks = kVectors * parts, tiles = 2 * groups.count * ((parts + block - 1) / block);
-      Task task{w.workspace, scales, parts, block, first > 0, &ahead, int((asks + tiles - 1) / tiles),
+      const int64_t asks = kVectors * steps * Strip<C>::parts, tiles = 2 * groups.count * steps;
+      Task task{w.workspace, scales, steps, block_shift(*w.matrix), first > 0, &ahead, int((asks + tiles - 1) / tiles),
                 nullptr,     ldc,    {}};
       task.columns[0] = lanes_below(int(columns - second)), task.columns[1] = lanes_below(int(second));
       for (int64_t group = 0; group < groups.count; ++group) {
@@ -288,10 +262,7 @@ void multiply_panels(const char* a, const RowGroups& groups, const Weights& w, i
         const RowGroups tiles(rows, kTileRows);
         for (int64_t i = 0; i < tiles.count; ++i) {
           task.c = c + (groups.first_row(group) + tiles.first_row(i)) * ldc + j;
-          const auto product = by_rows<kTileRows>(tiles.rows(i), [&](auto count) {
-            constexpr int pairs = Strip<C>::part_pairs;
-            return in_chains(strip[0]) ? &tile<count.value, pairs, 2> : &tile<count.value, pairs, 1>;
-          });
+          const auto product = by_rows<kTileRows>(tiles.rows(i), [](auto count) { return &tile<count.value>; });
           product(x + tiles.first_row(i) * 4, rows, task);
         }
       }
@@ -339,20 +310,24 @@ void pack_rows(const char* const* rows, int64_t count, int64_t d, char* out) {
   }
 }
 
-int64_t workspace(int64_t) { return kPanelSteps * kPairs * kVectors * kLine; }
+template <class C>
+int64_t workspace(int64_t d) {
+  return kPanelBytes + kVectors * Strip<C>::copy_bytes(d);
+}
 
 template <class C>
-constexpr GemmKernel kernel = {kStep, sizeof(bf16), kMaxRows, 1, pack_rows<typename C::Order>, multiply<C>, workspace};
+constexpr GemmKernel kernel = {kStep,       sizeof(bf16), kMaxRows, 1, pack_rows<typename C::Order>,
+                               multiply<C>, workspace<C>};
 template <>
-constexpr GemmKernel kernel<Int4Lanes> = {kStep,         sizeof(bf16), kMaxRows, 1, pack_rows<Int4Lanes::Order>,
-                                          multiply_int4, workspace};
+constexpr GemmKernel kernel<Int4Lanes> = {kStep,         sizeof(bf16),        kMaxRows, 1, pack_rows<Int4Lanes::Order>,
+                                          multiply_int4, workspace<Int4Lanes>};
 
 }  // namespace
 
-const GemmKernel fp8_lanes = kernel<Fp8Lanes>;
-const GemmKernel mxfp8_lanes = kernel<Mxfp8Lanes>;
-const GemmKernel mxfp4_lanes = kernel<Mxfp4Lanes>;
-const GemmKernel int4_lanes = kernel<Int4Lanes>;
+const GemmKernel fp8_bf16 = kernel<Fp8Lanes>;
+const GemmKernel mxfp8_bf16 = kernel<Mxfp8Lanes>;
+const GemmKernel mxfp4_bf16 = kernel<Mxfp4Lanes>;
+const GemmKernel int4_bf16 = kernel<Int4Lanes>;
 
 }  // namespace polymoe::POLYMOE_LEVEL
 #endif

@@ -5,6 +5,6 @@
 
 namespace polymoe::avx512_bf16 {
 
-extern const GemmKernel fp8_lanes, mxfp8_lanes, mxfp4_lanes, int4_lanes;
+extern const GemmKernel fp8_bf16, mxfp8_bf16, mxfp4_bf16, int4_bf16;
 
 }  // namespace polymoe::avx512_bf16

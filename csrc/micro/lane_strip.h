@@ -3,7 +3,7 @@
 
 #include "../formats/lanes.h"
 #include "../formats/scales.h"
-#include "streams.h"
+#include "even_rows.h"
 
 namespace polymoe::POLYMOE_LEVEL {
 namespace {
@@ -23,11 +23,8 @@ struct Scales {
   alignas(64) uint32_t adjust[kPanelSteps][kLanes];
 };
 
-// Steps of a block: those that share a scale.
-inline int block_steps(const QuantizedMatrix& m) { return int(m.scale_columns / kStep); }
-
-template <class C>
-constexpr int64_t kPanelParts = kPanelSteps * kStep * C::bits / 8 / kPart;
+// A block, which shares a scale, is 1 << this steps.
+inline int block_shift(const QuantizedMatrix& m) { return __builtin_ctzll(uint64_t(m.scale_columns / kStep)); }
 
 template <class C>
 inline Bytes adjust_of(const Scales& scales, int64_t block) {
@@ -66,21 +63,30 @@ class Strip {
   static constexpr int part_pairs = kPairs / parts;
   static_assert(part_pairs == 4 * C::pairs);
 
-  // Columns [column, column + count) of C, count <= kLanes; lanes past them repeat the last one.
-  Strip(const Weights& w, int64_t column, int64_t count, int64_t d)
-      : matrix_(*w.matrix), steps_(steps_of(d)), bytes_((d * C::bits + 7) / 8), block_(block_steps(matrix_)) {
+  // Columns [column, column + count) of C, count <= kLanes; lanes past them repeat the last one. `copy` has room for
+  // copy_bytes(d).
+  Strip(const Weights& w, int64_t column, int64_t count, int64_t d, char* copy)
+      : matrix_(*w.matrix), steps_(steps_of(d)), bytes_((d * C::bits + 7) / 8), shift_(block_shift(matrix_)) {
+    const char* row[kLanes];
     for (int r = 0; r < kLanes; ++r) {
-      const MatrixRow row(matrix_, matrix_row(w, column + (r < count ? r : count - 1)));
-      row_[r] = row.data, scale_[r] = row.scale, zero_[r] = row.zero;
+      const MatrixRow of(matrix_, matrix_row(w, column + (r < count ? r : count - 1)));
+      row[r] = of.data, scale_[r] = of.scale, zero_[r] = of.zero;
     }
+    rows_ = even_rows(w, column, count, row, kLanes, bytes_, bytes_, copy);
   }
   Strip(const Strip&) = delete;
 
   // Scales of the rows that come `rows` rows on are asked for, too.
   void look_ahead(int64_t rows) { scale_ahead_ = rows * matrix_.scale_stride; }
 
-  int64_t all_parts() const { return steps_ * parts; }
-  int block() const { return block_; }
+  static int64_t copy_bytes(int64_t d) { return kLanes * ((d * C::bits + 7) / 8); }
+
+  // Into the L1 cache, which holds the next lines of all rows.
+  [[gnu::always_inline]] void ask_row(int r, int64_t at) const { __builtin_prefetch(rows_.row(r) + at, 0, 3); }
+
+  int64_t steps() const { return steps_; }
+  // Of `step`, which shares its scales: the block, among those of a panel.
+  int64_t block(int64_t step) const { return step % kPanelSteps >> shift_; }
 
   // Bytes [at, at + kLine) of every row, zeros past the end: lane r of vector i has four of row r.
   [[gnu::always_inline]] void load_line(int64_t at, Bytes (&v)[kLanes]) const {
@@ -88,12 +94,11 @@ class Strip {
     const int64_t left = bytes_ - at;
     if (__builtin_expect(left >= kLine, 1)) {
 #pragma GCC unroll 16
-      for (int r = 0; r < kLanes; ++r) rows[r] = {_mm512_loadu_ps(row_[r] + at)};
-#pragma GCC unroll 16
-      for (int r = 0; r < kLanes; ++r) __builtin_prefetch(row_[r] + at + kLine, 0, 3);
+      for (int r = 0; r < kLanes; ++r) rows[r] = {_mm512_loadu_ps(rows_.row(r) + at)};
     } else {
       const __mmask64 mask = (1ull << left) - 1;
-      for (int r = 0; r < kLanes; ++r) rows[r] = {_mm512_castsi512_ps(_mm512_maskz_loadu_epi8(mask, row_[r] + at))};
+      for (int r = 0; r < kLanes; ++r)
+        rows[r] = {_mm512_castsi512_ps(_mm512_maskz_loadu_epi8(mask, rows_.row(r) + at))};
     }
     transpose(rows);
 #pragma GCC unroll 16
@@ -106,7 +111,7 @@ class Strip {
     if constexpr (C::adjust == Adjust::groups) {
       prepare_groups(first, steps, scales);
     } else {
-      prepare_blocks(first / block_, (steps + block_ - 1) / block_, scales);
+      prepare_blocks(first >> shift_, ((steps - 1) >> shift_) + 1, scales);
     }
     if (first % (4 * kPanelSteps) == 0)
       for (const char* const scale : scale_) __builtin_prefetch(scale + scale_ahead_ + first, 0, 2);
@@ -114,22 +119,10 @@ class Strip {
 
  private:
   void prepare_blocks(int64_t first, int64_t blocks, Scales& scales) const {
-    const auto load_bytes_of = [&](const char* const* from, int64_t at, int64_t bytes, Bytes(&v)[4]) {
-      const __mmask16 mask = lanes_below(bytes < 16 ? int(bytes) : 16);
-      load_lanes([&](int r) { return _mm_maskz_loadu_epi8(mask, from[r] + at); }, v);
-    };
-    Bytes v[4];
-    if (matrix_.exponents) {
-      load_bytes_of(scale_, first, blocks, v);
-      for (int b = 0; b < blocks; ++b) store(scales.factor[b], e8m0_of_byte(v[b / 4], b % 4));
-    } else {
-      for (int64_t b = 0; b < blocks; b += 4) {
-        load_bytes_of(scale_, (first + b) * 4, (blocks - b) * 4, v);
-        for (int i = 0; i < 4; ++i) _mm512_store_si512(scales.factor[b + i], v[i]);
-      }
-    }
+    scale_lanes(scale_, matrix_.exponents, first, blocks, scales.factor[0], kLanes);
     if constexpr (C::adjust == Adjust::blocks) {
-      load_bytes_of(zero_, first, blocks, v);
+      Bytes v[4];
+      load_lanes(zero_, first, blocks, v);
       for (int b = 0; b < blocks; ++b) {
         const Bytes byte =
             _mm512_add_epi8(_mm512_set1_epi8(char(b % 4)), _mm512_set4_epi32(0x0c0c0c0c, 0x08080808, 0x04040404, 0));
@@ -161,17 +154,11 @@ class Strip {
 
   const QuantizedMatrix& matrix_;
   int64_t steps_, bytes_;  // of a row
-  int block_;
+  int shift_;
   int64_t scale_ahead_ = 0;
-  const char *row_[kLanes], *scale_[kLanes], *zero_[kLanes];
+  EvenRows rows_;
+  const char *scale_[kLanes], *zero_[kLanes];
 };
-
-// Whether a block is two chains of sums, of even and of odd parts, that are added at its end: an addition has to wait
-// for the one before it. Blocks of one part are enough by themselves.
-template <class C>
-bool in_chains(const Strip<C>& strip) {
-  return strip.block() * Strip<C>::parts > 1;
-}
 
 }  // namespace
 }  // namespace polymoe::POLYMOE_LEVEL

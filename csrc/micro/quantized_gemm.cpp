@@ -102,13 +102,9 @@ struct Decoded {
   // COUNT steps of a row.
   template <int COUNT>
   static void load(const char* p, const uint8_t* adjust, typename C::X (&x)[COUNT]) {
-    constexpr int next = C::adjust == Adjust::groups;
-    if constexpr (COUNT == 1) {
-      x[0] = C::decode(p, adjust_of(adjust));
-    } else {
-      x[0] = C::decode(p, adjust_of(adjust));
-      x[1] = C::decode(p + bytes, adjust_of(adjust + next));
-    }
+    static_assert(COUNT == 1 || C::adjust != Adjust::groups);
+#pragma GCC unroll 2
+    for (int i = 0; i < COUNT; ++i) x[i] = C::decode(p + i * bytes, adjust_of(adjust));
   }
   static typename C::X load_tail(const char* p, const uint8_t* adjust, int tail) {
     char last[bytes] = {};
@@ -428,26 +424,19 @@ using ForBf16 = Wide;
 
 template <template <class> class Codec>
 constexpr const GemmKernel* kBf16 = &kernel<ForBf16, Codec, bf16>;
-#if defined(POLYMOE_LEVEL_AMX)
+#if defined(POLYMOE_LEVEL_AVX512_BF16)
 template <>
 constexpr const GemmKernel* kBf16<Mxfp4> = &mxfp4_bf16;
-template <>
-constexpr const GemmKernel* kBf16<Int8> = &int8_bf16;
 template <>
 constexpr const GemmKernel* kBf16<Int4> = &int4_bf16;
 template <>
 constexpr const GemmKernel* kBf16<Fp8> = &fp8_bf16;
 template <>
 constexpr const GemmKernel* kBf16<Mxfp8> = &mxfp8_bf16;
-#elif defined(POLYMOE_LEVEL_AVX512_BF16)
+#endif
+#if defined(POLYMOE_LEVEL_AMX)
 template <>
-constexpr const GemmKernel* kBf16<Mxfp4> = &mxfp4_lanes;
-template <>
-constexpr const GemmKernel* kBf16<Int4> = &int4_lanes;
-template <>
-constexpr const GemmKernel* kBf16<Fp8> = &fp8_lanes;
-template <>
-constexpr const GemmKernel* kBf16<Mxfp8> = &mxfp8_lanes;
+constexpr const GemmKernel* kBf16<Int8> = &int8_bf16;
 #endif
 
 template <template <class> class Codec>

@@ -29,7 +29,7 @@ struct RowGemm {
 
   // Packs elements [0, d) of `rows` rows, a row group, as step s of row r to place s * rows + r. Strides in bytes.
   void (*pack)(const char* a, int64_t row_stride, int64_t d_stride, int64_t rows, int64_t d, void* out);
-  // The same as the kernel for the type of the sums has them.
+  // The same for the kernel of the type of the sums, widened to it.
   void (*widen)(const char* a, int64_t row_stride, int64_t d_stride, int64_t rows, int64_t d, void* out);
 
   // c[i * ldc + j] for i < m, j < n, and anything in the rest of the last vector: f32, or f64 for f64. `a` holds the

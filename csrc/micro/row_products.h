@@ -4,6 +4,10 @@
 
 #include "span.h"
 
+#if defined(POLYMOE_LEVEL_AVX512_BF16)
+#include "../formats/orders.h"
+#endif
+
 namespace polymoe::POLYMOE_LEVEL {
 namespace {
 
@@ -39,15 +43,6 @@ struct Widened {
 // On AMX levels the dot product of pairs takes twice as long as two multiply-adds.
 #if defined(POLYMOE_LEVEL_AVX512_BF16) && !defined(POLYMOE_LEVEL_AMX)
 
-struct PairOrders {
-  alignas(64) uint16_t of[2][32];
-  constexpr PairOrders() : of{} {
-    for (int i = 0; i < 32; ++i)
-      for (int half = 0; half < 2; ++half) of[half][i] = uint16_t(half * 16 + i / 2 + i % 2 * 32);
-  }
-};
-constexpr PairOrders kPairOrders;
-
 struct JoinedPairs {
   using Stored = bf16;
   using V = VF;
@@ -62,20 +57,20 @@ struct JoinedPairs {
 
   template <int VECTORS, class Part>
   [[gnu::always_inline]] static void read(const char* row, int64_t stride, bool both, X (&x)[VECTORS], Part part) {
-    const X first = _mm512_load_si512(kPairOrders.of[0]), second = _mm512_load_si512(kPairOrders.of[1]);
+    const RowPairs pairs;
     const __mmask32 mask = both ? ~__mmask32(0) : 0;
     if constexpr (VECTORS % 2 == 0) {
 #pragma GCC unroll 2
       for (int v = 0; v < VECTORS; v += 2) {
         const X even = _mm512_loadu_si512(row + v * 32), odd = _mm512_maskz_loadu_epi16(mask, row + stride + v * 32);
-        x[v] = _mm512_permutex2var_epi16(even, first, odd);
-        x[v + 1] = _mm512_permutex2var_epi16(even, second, odd);
+        x[v] = pairs.first(even, odd);
+        x[v + 1] = pairs.second(even, odd);
       }
     } else {
       const __mmask16 taken = lanes_of(part);
       const __m256i even = _mm256_maskz_loadu_epi16(taken, row);
       const __m256i odd = _mm256_maskz_loadu_epi16(taken & __mmask16(mask), row + stride);
-      x[0] = _mm512_permutex2var_epi16(_mm512_castsi256_si512(even), first, _mm512_castsi256_si512(odd));
+      x[0] = pairs.first(_mm512_castsi256_si512(even), _mm512_castsi256_si512(odd));
     }
   }
 

@@ -68,12 +68,12 @@ inline void stream(T* p, VF a) {
   _mm256_stream_si256(reinterpret_cast<__m256i*>(p), narrow16(p, a));
 }
 #if defined(POLYMOE_LEVEL_AVX512_BF16)
-// Two vectors by one instruction and one store, unless a number is so small that the instruction would flush it.
 [[gnu::noinline, gnu::cold]] inline void stream_small(bf16* p, VF a, VF b) {
   __m256i* const to = reinterpret_cast<__m256i*>(p);
   _mm256_stream_si256(to, narrow16(p, a));
   _mm256_stream_si256(to + 1, narrow16(p, b));
 }
+// Two vectors by one instruction and one store, unless a number is so small that the instruction would flush it.
 [[gnu::always_inline]] inline void stream(bf16* p, VF a, VF b) {
   const __m512i exponent = _mm512_set1_epi32(0x7f800000);
   const __mmask16 small = _mm512_testn_epi32_mask(_mm512_castps_si512(a.v), exponent) |

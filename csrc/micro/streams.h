@@ -1,6 +1,7 @@
-// Asks for rows of weights that will be read next. Lines of four pages take turns, or of four rows that do not lie side
-// by side: where the hardware's own prefetch has run ahead in a page, a line is found in the L2 cache and soon leaves
-// its fill buffer, of which the L1 cache has few and loads need some, too.
+// Asks for rows of weights that will be read next, where the hardware's own prefetch finds them first: then a line is
+// in the L2 cache already and soon leaves its fill buffer, of which the L1 cache has few and loads need some, too. On
+// Zen 4 that is one line after the other; on the Xeon, lines of four pages in turn, or of four rows that do not lie
+// side by side.
 #pragma once
 
 #include <cstdint>
@@ -10,7 +11,11 @@ namespace {
 
 class Streams {
  public:
+#if defined(POLYMOE_LEVEL_AVX512_BF16) && !defined(POLYMOE_LEVEL_AMX)
+  static constexpr int count = 1;
+#else
   static constexpr int count = 4;  // of 1 to 16 the best for bf16, mxfp4 and int8 together
+#endif
 
   Streams() = default;  // asks for nothing
   // `rows` rows of `bytes` bytes, `stride` bytes from one to the next.
@@ -18,7 +23,7 @@ class Streams {
     constexpr int64_t kPage = 4096;
     if (rows <= 0 || bytes <= 0) return;
     if (stride == bytes) {
-      blocks_ = ceil_div(rows * bytes, count * kPage);
+      blocks_ = count == 1 ? 1 : ceil_div(rows * bytes, count * kPage);
       lines_ = ceil_div(rows * bytes, blocks_ * count * kLine);
       apart_ = lines_ * kLine;
     } else {
@@ -29,22 +34,37 @@ class Streams {
     left_ = lines_;
   }
 
-  // For LINES lines of each stream, until all have been asked for.
+  // For 4 * LINES lines, until all have been asked for.
   template <int LINES = 1>
   [[gnu::always_inline]] void ask() {
     if (left_ <= 0) return;
+    constexpr int kOfEach = 4 * LINES / count;
     const char* const at = at_;
 #pragma GCC unroll 4
     for (int stream = 0; stream < count; ++stream)
-#pragma GCC unroll 2
-      for (int line = 0; line < LINES; ++line) __builtin_prefetch(at + stream * apart_ + line * kLine, 0, 2);
-    at_ = at + LINES * kLine;
-    left_ -= LINES;
-    if (left_ <= 0 && --blocks_ > 0) at_ = block_ += count * apart_, left_ = lines_;
+#pragma GCC unroll 16
+      for (int line = 0; line < kOfEach; ++line) __builtin_prefetch(at + stream * apart_ + line * kLine, 0, 2);
+    advance(kOfEach);
+  }
+
+  // The same by the caller, who asks for 4 * LINES lines from here on one by one: while others wait for memory a few
+  // at a time hold up loads less than all at once. When nothing is left, what the caches hold.
+  template <int LINES>
+  [[gnu::always_inline]] const char* take() {
+    static_assert(count == 1 && LINES > 0);
+    if (left_ <= 0) return reinterpret_cast<const char*>(this);
+    const char* const at = at_;
+    advance(4 * LINES);
+    return at;
   }
 
  private:
   static constexpr int64_t kLine = 64;
+  [[gnu::always_inline]] void advance(int lines) {
+    at_ += lines * kLine;
+    left_ -= lines;
+    if (left_ <= 0 && --blocks_ > 0) at_ = block_ += count * apart_, left_ = lines_;
+  }
   static constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
   const char *at_ = nullptr, *block_ = nullptr;  // of the first stream: the next line, and where it began
