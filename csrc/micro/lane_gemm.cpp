@@ -17,7 +17,7 @@ namespace {
 
 constexpr int kMaxRows = 14;
 constexpr int kFewRows = 8;   // decode in registers: beside the sums of more a line of codes has no room there
-constexpr int kTileRows = 7;  // of a panel's tile, whose totals lie in registers beside the sums of blocks
+constexpr int kTileRows = 7;  // of a panel's tile, whose totals lie in registers beside the sums of a step
 constexpr int kVectors = 2, kColumns = kVectors * kLanes;  // of a panel
 
 [[gnu::always_inline]] inline VF add_pairs(VF acc, const char* x, Bytes w) {
