@@ -45,7 +45,7 @@ class Group {
   void multiply(Streams& ahead, VF (&total)[ROWS]) {
     // Steps at a time: an addition to a sum waits six cycles for the one before.
     constexpr int kChains = ROWS == 1 ? kLineSteps : ROWS <= 5 ? 2 : 1;
-    VF sum[ROWS];
+    VF sum[ROWS];  // in registers, where `total` has to be memory
 #pragma GCC unroll 16
     for (VF& v : sum) v = set<VF>(0);
     const int64_t steps = strip_.steps(), whole = steps / kLineSteps * kLineSteps;
@@ -244,6 +244,9 @@ void multiply_panels(const char* a, const RowGroups& groups, const Weights& w, i
         {w, j, columns - second, d, copy_of<C>(w, d, 0)},
         {w, j + (second ? kLanes : 0), second ? second : columns, d, copy_of<C>(w, d, 1)}};
     Streams ahead = streams_ahead(w, j + kColumns, n, kColumns, d, C::bits);
+    // Two strips ask for as much as they take, which is twice Strip<C>::parts in a step, in two tiles of each row
+    // group.
+    const int asks = int((Strip<C>::parts + groups.count - 1) / groups.count);
     Scales scales[kVectors];
     for (int64_t first = 0; first < all; first += kPanelSteps) {
       const int64_t steps = all - first < kPanelSteps ? all - first : kPanelSteps;
@@ -251,10 +254,7 @@ void multiply_panels(const char* a, const RowGroups& groups, const Weights& w, i
         strip[v].prepare(first, scales[v]);
         decode_panel(strip[v], first, steps, scales[v], w.workspace + v * kLine);
       }
-      // A strip asks for as much as it takes.
-      const int64_t asks = kVectors * steps * Strip<C>::parts, tiles = 2 * groups.count * steps;
-      Task task{w.workspace, scales, steps, block_shift(*w.matrix), first > 0, &ahead, int((asks + tiles - 1) / tiles),
-                nullptr,     ldc,    {}};
+      Task task{w.workspace, scales, steps, block_shift(*w.matrix), first > 0, &ahead, asks, nullptr, ldc, {}};
       task.columns[0] = lanes_below(int(columns - second)), task.columns[1] = lanes_below(int(second));
       for (int64_t group = 0; group < groups.count; ++group) {
         const int rows = groups.rows(group);

@@ -81,11 +81,11 @@ class Strip {
 
   static int64_t copy_bytes(int64_t d) { return kLanes * ((d * C::bits + 7) / 8); }
 
-  // Into the L1 cache, which holds the next lines of all rows.
+  // The line of row r at byte `at`, which load_line will read, into the L1 cache.
   [[gnu::always_inline]] void ask_row(int r, int64_t at) const { __builtin_prefetch(rows_.row(r) + at, 0, 3); }
 
   int64_t steps() const { return steps_; }
-  // Of `step`, which shares its scales: the block, among those of a panel.
+  // That of `step`, counted from the begin of its panel.
   int64_t block(int64_t step) const { return step % kPanelSteps >> shift_; }
 
   // Bytes [at, at + kLine) of every row, zeros past the end: lane r of vector i has four of row r.

@@ -47,11 +47,11 @@ class Streams {
     advance(kOfEach);
   }
 
-  // The same by the caller, who asks for 4 * LINES lines from here on one by one: while others wait for memory a few
-  // at a time hold up loads less than all at once. When nothing is left, what the caches hold.
+  // Where the next 4 * LINES lines are, for a caller who asks for them one at a time between other work, which holds up
+  // loads less than all at once. When nothing is left, memory that the caches hold.
   template <int LINES>
   [[gnu::always_inline]] const char* take() {
-    static_assert(count == 1 && LINES > 0);
+    static_assert(count == 1 && LINES > 0, "the lines have to follow one another");
     if (left_ <= 0) return reinterpret_cast<const char*>(this);
     const char* const at = at_;
     advance(4 * LINES);
