@@ -2,11 +2,13 @@
 
 #include <algorithm>
 
+#include "micro/gemm_kernel.h"
+
 namespace polymoe {
 
 int64_t block_rows(int64_t row_bytes, int64_t l2_bytes) {
-  constexpr int64_t kMin = 16, kMax = 256;
-  return std::clamp(l2_bytes / 2 / std::max<int64_t>(row_bytes, 1), kMin, kMax);
+  constexpr int64_t kMin = 16;
+  return std::clamp(l2_bytes / 2 / std::max<int64_t>(row_bytes, 1), kMin, kMostRows);
 }
 
 int64_t task_columns(int64_t width, int64_t unit, int64_t target, int64_t blocks, int threads) {

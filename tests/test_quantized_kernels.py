@@ -241,6 +241,30 @@ def test_every_e8m0_scale_with_int8_activations(mode: str, target: Target) -> No
             assert out[:, 255].isnan().all()
 
 
+@pytest.mark.declares("batch_invariant")
+@pytest.mark.parametrize("apart", [0, 1, 3, 4, 40])
+def test_groups_some_powers_apart_with_int8_activations(apart: int, target: Target, seed: int) -> None:
+    """Four groups of 32 that share a scale of A, within a factor of 8 or not: where they are, a panel may hold their
+    codes times it. The bits of many rows are those of each row on its own."""
+    random = Random(seed)
+    N, D, rows = 45, 1312, 17  # 41 groups: the last four share theirs with padding
+    weight = weight_of("mxfp4", random.integers(0, 16, 1, N, D), random)
+    least = random.integers(90, 160, 1, N, 11).repeat_interleave(4, -1)[..., :41]
+    scale = least + random.integers(0, apart + 1, 1, N, 41)
+    scale[0, :20, :4] -= 62  # around the smallest and the largest that are summed in integers
+    scale[0, 7:12, 20:24] += 62
+    weight.scale.copy_(scale.clamp(max=224))
+    a = random.normal(rows, D)
+    out = multiply(a, weight, target, mode="int8_g128")
+    alone = torch.cat([multiply(a[i : i + 1], weight, target, mode="int8_g128") for i in range(rows)])
+    assert_same_bits(out, alone, f"scales {apart} powers of two apart")
+    numbers = dequantized(weight)[0].mT
+    groups = torch.nn.functional.pad(a, (0, -D % 128)).unflatten(-1, (-1, 128))
+    half_a_code = (groups.abs().amax(-1, keepdim=True) / 254).expand_as(groups).flatten(-2)[:, :D].double()
+    bound = half_a_code @ numbers.abs() + dot_error(a.double().abs() @ numbers.abs(), D, torch.float32)
+    assert_within(out, a.double() @ numbers, bound, f"scales {apart} powers of two apart")
+
+
 @pytest.mark.parametrize("name", ["mxfp4", "mxfp8"])
 def test_groups_far_apart(name: str, target: Target, seed: int) -> None:
     """Groups of a row that differ by up to 2^100."""

@@ -7,9 +7,10 @@
 //   part   = sum * scale of the weights
 //   total += part * scale of a
 //
-// with rows of A in the lanes: the steps of int8_gemm.cpp, and its bits. The groups of mxfp4 in a group of A differ in
-// their scales: where these are at most a factor of 8 apart their codes are multiplied by it, which leaves bytes, and
-// float32 would sum them exactly, too. Columns of other weights are left to int8_gemm.cpp.
+// or, where a scale serves whole rows of W, multiply by it at the end, with rows of A in the lanes: the steps of
+// int8_gemm.cpp, and its bits. The groups of mxfp4 in a group of A differ in their scales: where these are at most a
+// factor of 8 apart their codes are multiplied by it, which leaves bytes, and float32 would sum them exactly, too.
+// Columns of other weights are left to int8_gemm.cpp.
 #include "amx_gemm.h"
 
 #if defined(POLYMOE_LEVEL_AMX)
@@ -269,11 +270,13 @@ void multiply_tile(const Left& w, const TileSpace& space, int64_t tile, Streams 
 #pragma GCC unroll 16
       for (int r = 0; r < kTileRows; ++r) {
         const VF exact = to_float(_mm512_load_si512(sum + r * kTileRows));
-        total[r] = fma(exact * set<VF>(scale[r]), scale_a, total[r]);
+        total[r] = fma(BITS == 8 ? exact : exact * set<VF>(scale[r]), scale_a, total[r]);
       }
     });
   transpose(total);
-  for (int t = 0; t < out.rows; ++t) store_n(out.c + t * out.ldc, total[t], int(out.columns));
+  const VF row_scales = load<VF>(w.scale);
+  for (int t = 0; t < out.rows; ++t)
+    store_n(out.c + t * out.ldc, BITS == 8 ? total[t] * row_scales : total[t], int(out.columns));
 }
 
 template <class C, int GROUP>

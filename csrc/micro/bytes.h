@@ -7,6 +7,10 @@
 namespace polymoe::POLYMOE_LEVEL {
 namespace {
 
+// Loads stay on their side of it: where GCC mixes what brings codes into lanes, their products and what becomes of the
+// sums, one waits for the other.
+[[gnu::always_inline]] inline void keep_order() { asm volatile("" ::: "memory"); }
+
 #if defined(POLYMOE_LEVEL_AVX512) || defined(POLYMOE_LEVEL_AVX512_BF16)
 
 using Bytes = __m512i;

@@ -51,6 +51,9 @@ struct QuantizedMatrix {
   bool exponents;                     // scales are e8m0; else f32
 };
 
+// Rows of A that are multiplied together.
+constexpr int64_t kMostRows = 256;
+
 // Whether a quantised weight is decoded once for all rows of A, into a panel that the caches hold, or again for every
 // register tile of them. The bits of the result are the same.
 [[gnu::always_inline]] inline bool decodes_once(int64_t rows, int64_t max_rows) { return rows > max_rows; }
@@ -87,7 +90,8 @@ struct GemmKernel {
   // out + (s * count + r) * step * packed_size.
   void (*pack_rows)(const char* const* rows, int64_t count, int64_t d, char* out);
 
-  // c[i * ldc + j] for i < m, j < n: f32, or f64 for f64. `a` holds m rows packed in the groups of RowGroups.
+  // c[i * ldc + j] for i < m, j < n: f32, or f64 for f64. `a` holds m rows packed in the groups of RowGroups, of
+  // quantised weights kMostRows at most.
   void (*multiply)(const char* a, int64_t m, const Weights& w, int64_t n, int64_t d, void* c, int64_t ldc);
 
   // Bytes of Weights::workspace for rows of `d` elements; null for weights that are not quantised.

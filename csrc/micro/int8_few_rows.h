@@ -6,6 +6,7 @@
 
 #include "bytes.h"
 #include "int8_piece.h"
+#include "int8_scales.h"
 
 #if defined(POLYMOE_LEVEL_AVX512) || defined(POLYMOE_LEVEL_AVX512_BF16)
 
@@ -74,8 +75,7 @@ template <int M, int GROUP, class Ask>
       Bytes lower, upper;
       add_halves(sums[m], lower, upper);
       const auto add = [&](Bytes exact, int32_t begin, float scale_a) {
-        const VF part = to_float(add_ints(exact, set_ints(begin))) * scale;
-        total[m] = fma(part, set<VF>(scale_a), total[m]);
+        total[m] = fma(to_float(add_ints(exact, set_ints(begin))), set<VF>(scale_a), total[m]);
       };
       if constexpr (GROUP == 1) {
         add(lower, a[m].begin, a[m].scale);
@@ -85,6 +85,8 @@ template <int M, int GROUP, class Ask>
       }
     }
   }
+#pragma GCC unroll 4
+  for (VF& v : total) v = v * scale;
 }
 
 // --- 4-bit weights: a chunk of a row is four pieces ------------------------------------------------------------------
@@ -160,28 +162,31 @@ template <int M, class C, int GROUP, int SUMMED, class Ask>
     const int64_t left = pieces - p;
 #pragma GCC unroll 4
     for (int m = 0; m < M; ++m) {
-      const auto product = [&](Bytes exact, int32_t begin, float sum, int64_t piece, VF part) {
-        VF value = to_float(add_ints(exact, set_ints(begin)));
-        if (offset) value = fma(load<VF>(offset + piece * kLanes), set<VF>(-sum), value);
-        return fma(value, load<VF>(scale + piece * kLanes), part);
+      const auto value = [&](Bytes exact, int32_t begin, float sum, int64_t piece) {
+        const VF x = to_float(add_ints(exact, set_ints(begin)));
+        return offset ? fma(load<VF>(offset + piece * kLanes), set<VF>(-sum), x) : x;
       };
       if constexpr (GROUP == 1) {
 #pragma GCC unroll 4
         for (int q = 0; q < kChunkPieces; ++q) {
           if (q >= left) break;
           const Piece& piece = a[(p + q) * M + m];
-          const VF part = product(sums[m][q], piece.begin, piece.sum, p + q, set<VF>(0));
+          const VF part = scaled<C::scales>(value(sums[m][q], piece.begin, piece.sum, p + q), scale + (p + q) * kLanes);
           total[m] = fma(part, set<VF>(piece.scale), total[m]);
         }
       } else {
         const Piece* const group = a + p * M + m * GROUP;
-        VF part = set<VF>(0);
+        VF part;
         if constexpr (SUMMED == 1) {
 #pragma GCC unroll 4
-          for (int q = 0; q < GROUP; ++q) part = product(sums[m][q], group[q].begin, group[q].sum, p + q, part);
+          for (int q = 0; q < GROUP; ++q) {
+            const VF x = value(sums[m][q], group[q].begin, group[q].sum, p + q);
+            const float* const at = scale + (p + q) * kLanes;
+            part = q == 0 ? scaled<C::scales>(x, at) : add_scaled<C::scales>(part, x, at);
+          }
         } else {
           const Bytes all = add_ints(add_ints(sums[m][0], sums[m][1]), add_ints(sums[m][2], sums[m][3]));
-          part = product(all, group->group_begin, group->group_sum, p, part);
+          part = scaled<C::scales>(value(all, group->group_begin, group->group_sum, p), scale + p * kLanes);
         }
         total[m] = fma(part, set<VF>(group->scale), total[m]);
       }
