@@ -71,14 +71,15 @@ def interleave(calls: Sequence[Call], sets: int, effort: Effort) -> list[Timing]
     return [timing(samples) for samples in rounds(calls, sets, effort)]
 
 
-def rounds(calls: Sequence[Call], sets: int, effort: Effort) -> list[list[float]]:
-    """Seconds per call, for every call and round; samples of one round are neighbours in time.
+def rounds(calls: Sequence[Call], sets: int, effort: Effort, least: float = MIN_SAMPLE_SECONDS) -> list[list[float]]:
+    """Seconds per call, for every call and round; samples of one round are neighbours in time, and last `least` seconds
+    or longer.
 
     Each contender meets each input set equally often, and never the set that the contender before it has just left in
     the caches. The order within a round is random, so that none always follows the same one.
     """
     seconds = [_first(call, sets) for call in calls]
-    repeats = [_repeats(s, sets) for s in seconds]
+    repeats = [_repeats(s, sets, least) for s in seconds]
     round_seconds = sum(s * n + getattr(c, "evicting", 0.0) for c, s, n in zip(calls, seconds, repeats, strict=True))
     wanted = min(max(effort.seconds / round_seconds, effort.min_rounds), effort.max_rounds)
     count = math.ceil(wanted / sets) * sets
@@ -123,11 +124,9 @@ def _sample(call: Call, repeats: int, first: int, sets: int) -> float:
     return (perf_counter_ns() - start) * 1e-9 / repeats
 
 
-def _repeats(seconds: float, sets: int) -> int:
+def _repeats(seconds: float, sets: int, least: float) -> int:
     """Calls in a sample: one, or whole turns through the input sets."""
-    if seconds >= MIN_SAMPLE_SECONDS:
-        return 1
-    return math.ceil(MIN_SAMPLE_SECONDS / seconds / sets) * sets
+    return 1 if seconds >= least else math.ceil(least / seconds / sets) * sets
 
 
 def timing(samples: Sequence[float]) -> Timing:

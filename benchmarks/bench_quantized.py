@@ -6,7 +6,8 @@ float64 with the weights that are stored.
     python -m benchmarks.bench_quantized --shapes w1,w2,w3 --tokens 1,16,128 --out page.md
     python -m benchmarks run quantized --shapes w1 w2 w3 --tokens 1 16 128 --report page
 
-All of a shape take turns in one process, with the probes between them. The bound of weight-only products is the larger
+All of a shape take turns in one process, with the probes between them. Of few tokens a turn is several calls, each of
+which hits experts of its own, as in a model of many layers. The bound of weight-only products is the larger
 of bytes over bandwidth and operations over the peak of bf16 dot products; for int8 activations bytes alone. A cell is
 measured again if anything is more than 3% faster than its bound, and void if it still is. Every cell is kept in a file
 beside the page as soon as it is measured, and a run that was cut off goes on there. Exits with 1 if a result is wrong.
@@ -35,13 +36,12 @@ from benchmarks._harness import Probes, cpu_name, isa_level, torch_threads
 from benchmarks._options import options, supported_levels
 from benchmarks._progress import say
 from benchmarks._report import markdown, other_cpu
-from benchmarks._timing import FULL, QUICK, Call, Effort, OtherCpuUse, rounds, timing
+from benchmarks._timing import FULL, MIN_SAMPLE_SECONDS, QUICK, Call, Effort, OtherCpuUse, rounds, timing
 from benchmarks.contenders.base import Prepared, Problem
 from benchmarks.contenders.eager import eager
 from benchmarks.contenders.isolated import Worker
 from benchmarks.contenders.quantized import QUANTIZED, Quantized, quantized
-from benchmarks.inputs import SETS
-from benchmarks.layer import InputSet, Layer, exact, make_layer, make_set
+from benchmarks.layer import InputSet, Layer, exact, make_layer, make_sets
 from benchmarks.models import ALIASES, SHAPES, Shape, shape_of
 from benchmarks.stand_ins import times_eager
 from polymoe import formats
@@ -49,6 +49,7 @@ from polymoe.formats import Weight
 from polymoe.testing.tolerances import relative_frobenius
 
 FORMATS = ("mxfp4", "fp8_block128", "mxfp8", "int8", "int4_g128", "int4_g32")
+TURN_SECONDS = 5e-3  # of calls that hit experts of their own, at least
 CHECKED_TOKENS = 2  # dequantising their experts to float64 takes longer than a measurement
 ATTEMPTS = 3
 BF16, EAGER = "bf16", "eager bf16 loop"
@@ -212,16 +213,22 @@ class Line:
 
 
 def measure_once(
-    layer: Layer, found: Sequence[Stored], calls: list[Call], sets: list[InputSet], cell: Cells, probes: Probes
+    layer: Layer,
+    found: Sequence[Stored],
+    calls: list[Call],
+    sets: list[InputSet],
+    least: float,
+    cell: Cells,
+    probes: Probes,
 ) -> Measured:
     shape = layer.shape
     seen = Seen(probes.bandwidth, probes.peak(bounds.instruction(cell.isa, "bf16")))
-    hit = sum(ids.unique().numel() for _, _, ids in sets) / SETS / shape.E
+    hit = sum(ids.unique().numel() for _, _, ids in sets) / len(sets) / shape.E
     touched = torch.cat([ids for _, _, ids in sets]).unique().numel() / shape.E
     flops = 2.0 * sets[0][2].numel() * shape.expert_elements
     timed, streams = cold(calls, min(one.bytes for one in found) * touched, probes.bandwidth)
     with OtherCpuUse([call.pid for call in calls if isinstance(call, Worker)]) as others:
-        *samples, _ = rounds([*timed, seen], SETS, cell.effort)
+        *samples, _ = rounds([*timed, seen], len(sets), cell.effort, least)
     count = len(samples[0])
     bandwidths, peaks = seen.bandwidths[-count:], seen.peaks[-count:]
     shares: list[float | None] = []
@@ -234,10 +241,11 @@ def measure_once(
 def measure(layer: Layer, found: Sequence[Stored], T: int, cell: Cells, probes: Probes) -> list[Line]:
     """The lines of a cell."""
     shape, source = layer.shape, inputs.generator(cell.seed + T)
-    sets = [make_set(shape, T, torch.bfloat16, source) for _ in range(SETS)]
+    sets, apart = make_sets(shape, T, torch.bfloat16, source, min(one.bytes for one in found))
+    least = TURN_SECONDS if apart else MIN_SAMPLE_SECONDS
     calls = [one.prepare(sets) for one in found]
     for _ in range(ATTEMPTS if cell.effort is FULL else 1):
-        seen = measure_once(layer, found, calls, sets, cell, probes)
+        seen = measure_once(layer, found, calls, sets, least, cell, probes)
         if not seen.void:
             break
     lines = []

@@ -39,6 +39,18 @@ def routing(T: int, E: int, K: int, dtype: torch.dtype, source: torch.Generator)
     return (weights / weights.sum(-1, keepdim=True)).to(dtype), ids
 
 
+def apart(
+    T: int, E: int, K: int, dtype: torch.dtype, source: torch.Generator, sets: int
+) -> list[tuple[Tensor, Tensor]]:
+    """The same for so many input sets, of which no two hit the same expert: T * K * sets <= E."""
+    experts = torch.randperm(E, generator=source, device=source.device)
+    given = []
+    for of_set in experts[: sets * T * K].view(sets, T, K):
+        weights, _ = routing(T, E, K, dtype, source)
+        given.append((weights, of_set.clone()))
+    return given
+
+
 def error_bound(dtype: torch.dtype, roundings: int, reduction: int = 1) -> float:
     """By how much a correct result on such inputs may be off, relative to its norm: `roundings` to dtype on the way,
     and sums of `reduction` terms of both signs, whose partial sums are no larger than the result is expected to be."""

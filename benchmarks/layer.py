@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from benchmarks import inputs
+from benchmarks import bounds, inputs
 from benchmarks.models import Shape
 
 OAI_ALPHA = 1.702  # gpt-oss's slope of the sigmoid
@@ -40,6 +40,19 @@ def make_layer(shape: Shape, dtype: torch.dtype, source: torch.Generator) -> Lay
 
 def make_set(shape: Shape, T: int, dtype: torch.dtype, source: torch.Generator) -> InputSet:
     return inputs.normal((T, shape.H), dtype, source), *inputs.routing(T, shape.E, shape.K, dtype, source)
+
+
+def make_sets(
+    shape: Shape, T: int, dtype: torch.dtype, source: torch.Generator, nbytes: float
+) -> tuple[list[InputSet], bool]:
+    """Input sets that take turns, and whether no two hit the same expert: then there are so many that what they read of
+    weights, `nbytes` all in all, comes from memory in every call, as in a model of many layers."""
+    most = shape.E // (T * shape.K)
+    for count in range(inputs.SETS, most + 1):
+        if bounds.streams(nbytes * count * T * shape.K / shape.E):
+            routes = inputs.apart(T, shape.E, shape.K, dtype, source, count)
+            return [(inputs.normal((T, shape.H), dtype, source), *route) for route in routes], True
+    return [make_set(shape, T, dtype, source) for _ in range(inputs.SETS)], False
 
 
 def gated(h: Tensor, shape: Shape) -> Tensor:

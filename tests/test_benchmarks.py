@@ -28,7 +28,7 @@ from benchmarks._report import Row, table
 from benchmarks.contenders import Plugin, Prepared, Problem
 from benchmarks.contenders.isolated import Worker, WorkerFailed
 from benchmarks.contenders.polymoe import PolymoePlain, PolymoePrepacked
-from benchmarks.layer import Layer, exact, make_layer, make_set
+from benchmarks.layer import Layer, exact, make_layer, make_set, make_sets
 from benchmarks.models import SHAPES, SWEEP, Shape
 
 from polymoe.hal import device
@@ -135,6 +135,24 @@ def test_quantised_weights_by_the_command(tmp_path: Path, capsys: pytest.Capture
     assert (tmp_path / "page.md").read_text().endswith(printed[:-1])
     with pytest.raises(SystemExit, match=r"quantized has no use for --dtype, --contenders, --json; "):
         command.main(["run", *words[:-1], "zentorch", "--dtype", "f32", "--json"])
+
+
+def test_input_sets_that_hit_experts_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As many as stream from memory, where there are experts for so many."""
+    shape = replace(SHAPES["tiny"], E=32, K=2)
+    monkeypatch.setattr(bounds, "last_level_cache", lambda: 1000)
+    all_experts = bounds.CACHE_TIMES * 1000 * 32 / (9 * 2)  # bytes: nine calls read what streams
+    sets, apart = make_sets(shape, 1, torch.bfloat16, inputs.generator(0), all_experts)
+    assert apart
+    assert len(sets) == 9
+    hit = torch.cat([ids.flatten() for _, _, ids in sets])
+    assert hit.unique().numel() == hit.numel() == 18
+    assert all(x.shape == (1, shape.H) and weights.shape == ids.shape == (1, 2) for x, weights, ids in sets)
+    assert all(float(weights.sum()) == pytest.approx(1, abs=2**-7) for _, weights, _ in sets)
+    for T, nbytes in ((1, all_experts / 2), (5, 2**40)):  # too few bytes, too few experts
+        sets, apart = make_sets(shape, T, torch.bfloat16, inputs.generator(0), nbytes)
+        assert not apart
+        assert [ids.shape for _, _, ids in sets] == [(T, 2)] * inputs.SETS
 
 
 def test_speeds_that_stand_in() -> None:
