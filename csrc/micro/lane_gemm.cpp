@@ -16,6 +16,9 @@ namespace polymoe::POLYMOE_LEVEL {
 namespace {
 
 constexpr int kMaxRows = 14;
+// From the strip that is multiplied in registers to the one whose lines are asked for meanwhile. That is in order, but
+// a strip needs lines of all its rows at once: those of the last rows would come too late from one strip to the next.
+constexpr int kStripsAhead = 2;
 constexpr int kFewRows = 8;   // decode in registers: beside the sums of more a line of codes has no room there
 constexpr int kTileRows = 7;  // of a panel's tile, whose totals lie in registers beside the sums of a step
 constexpr int kVectors = 2, kColumns = kVectors * kLanes;  // of a panel
@@ -30,9 +33,9 @@ constexpr int kVectors = 2, kColumns = kVectors * kLanes;  // of a panel
 
 // What is asked for while a few steps are multiplied, a line of each at a time.
 struct Asks {
-  const char* strip;  // lines of the next one
+  const char* strip;  // lines of one to come
   int row;            // rows of this one from here on
-  int64_t at;
+  int64_t at;         // Strip::within
 };
 
 // The products of a row group of A with a strip, line by line. ROWS <= kFewRows.
@@ -53,9 +56,10 @@ class Group {
       if (step % kPanelSteps == 0) strip_.prepare(step, scales_);
       Bytes line[kLanes];
       strip_.load_line(step * Strip<C>::step_bytes, line);
+      const int64_t near = strip_.within(step * Strip<C>::step_bytes + 2 * kLine);
 #pragma GCC unroll 4
       for (int i = 0; i < kLineSteps; i += kChains) {
-        const Asks asks{ahead.take<kChains * kParts>(), i * kParts * 4, (step + kLineSteps) * Strip<C>::step_bytes};
+        const Asks asks{ahead.take<kChains * kParts>(), i * kParts * 4, near};
         add<kChains>(line + i * kParts * 4, step + i, asks, sum);
       }
     }
@@ -229,8 +233,9 @@ void multiply_in_registers(const char* a, int rows, const Weights& w, int64_t n,
   for (int64_t j = 0; j < n; j += kLanes) {
     const int64_t columns = n - j < kLanes ? n - j : kLanes;
     Strip<C> strip(w, j, columns, d, copy_of<C>(w, d, 0));
-    if (j + kLanes < n) strip.look_ahead(kLanes * w.row_step);
-    product(strip, a, streams_ahead(w, j + kLanes, n, kLanes, d, C::bits), c + j, ldc, columns);
+    strip.look_ahead(w, j + kLanes, n);
+    const Streams ahead = streams_ahead(w, j + kStripsAhead * kLanes, n, kLanes, d, C::bits);
+    product(strip, a, ahead, c + j, ldc, columns);
   }
 }
 

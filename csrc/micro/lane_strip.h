@@ -76,11 +76,20 @@ class Strip {
   }
   Strip(const Strip&) = delete;
 
-  // Scales of the rows that come `rows` rows on are asked for, too.
-  void look_ahead(int64_t rows) { scale_ahead_ = rows * matrix_.scale_stride; }
+  // Scales are asked for, too: from column `next` of n on, or from where the next call begins. Counted from this matrix
+  // on, that is a row of another expert, for experts lie one after the other.
+  void look_ahead(const Weights& w, int64_t next, int64_t n) {
+    if (steps_ == 0 || (next >= n && !w.next)) return;
+    const int64_t row = next < n ? matrix_row(w, next) : (w.next - matrix_.data) / matrix_.data_stride;
+    scale_ahead_ = MatrixRow(matrix_, row).scale - scale_[0];
+  }
 
   static int64_t copy_bytes(int64_t d) { return kLanes * ((d * C::bits + 7) / 8); }
 
+  // Byte `at` of a row, or, past its end, as far into the row that takes its place in the next strip.
+  [[gnu::always_inline]] int64_t within(int64_t at) const {
+    return at < bytes_ ? at : at - bytes_ + kLanes * rows_.stride;
+  }
   // The line of row r at byte `at`, which load_line will read, into the L1 cache.
   [[gnu::always_inline]] void ask_row(int r, int64_t at) const { __builtin_prefetch(rows_.row(r) + at, 0, 3); }
 

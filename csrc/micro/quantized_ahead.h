@@ -7,11 +7,16 @@
 namespace polymoe::POLYMOE_LEVEL {
 namespace {
 
-// Of up to `rows` quantised rows of d elements from column `next` of n on, or from where the next call begins.
+// Of up to `rows` quantised rows of d elements from column `next` of n on; past n, of as many strips of `rows` from
+// where the next call begins.
 inline Streams streams_ahead(const Weights& w, int64_t next, int64_t n, int64_t rows, int64_t d, int bits) {
   const QuantizedMatrix& m = *w.matrix;
   const int64_t stride = w.row_step * m.data_stride, bytes = (d * bits + 7) / 8;
-  if (next >= n) return w.next ? Streams(w.next, rows, bytes, stride) : Streams();
+  if (next >= n) {
+    if (!w.next) return {};
+    const int64_t past = next - (n + rows - 1) / rows * rows;
+    return Streams(w.next + (past > 0 ? past : 0) * stride, rows, bytes, stride);
+  }
   return Streams(m.data + matrix_row(w, next) * m.data_stride, n - next < rows ? n - next : rows, bytes, stride);
 }
 
