@@ -100,6 +100,7 @@ class Stored {
   Stored(const Weights& w, int64_t column, int64_t count, int64_t d) : used_((d + kPiece - 1) / kPiece) {
     const QuantizedMatrix& m = *w.matrix;
     share_ = m.scale_columns ? m.scale_columns / kPiece : used_;
+    scale_stride_ = m.scale_stride;
     for (int r = 0; r < kLanes; ++r) {
       const MatrixRow row(m, matrix_row(w, column + (r < count ? r : count - 1)));
       row_[r] = row.data;
@@ -160,6 +161,11 @@ class Stored {
       if (C::scales != ScaleKind::rows) store(scale + p * kLanes, set<VF>(0));
       if (offset) store(offset + p * kLanes, set<VF>(0));
     }
+  }
+
+  // Those of the rows `rows` rows on, as far as a line of each, into the L2 cache.
+  void ask_scales(int64_t rows) const {
+    for (const char* const scale : scale_) __builtin_prefetch(scale + rows * scale_stride_, 0, 2);
   }
 
 #if defined(POLYMOE_LEVEL_AVX512) || defined(POLYMOE_LEVEL_AVX512_BF16)
@@ -223,6 +229,7 @@ class Stored {
 
   int64_t used_;   // pieces
   int64_t share_;  // pieces that have one scale
+  int64_t scale_stride_;
   const char *row_[kLanes], *scale_[kLanes], *zero_[kLanes];
   EvenRows rows_;  // for `piece`
 };

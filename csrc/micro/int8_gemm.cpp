@@ -33,17 +33,16 @@ constexpr int asks_in_four(int rows) {
   return rows * int(Stored<C>::piece_bytes) / (64 * LINES);
 }
 
-// What the columns of a tile are multiplied by, pieces [begin, end) of `pieces`; where their sums before lie, kColumns
-// apart, if there are any; and where they go.
+// What all tiles of some columns share: what these are multiplied by, pieces [begin, end) of `pieces`; where their sums
+// before lie, kColumns apart, if there are any; and where they go.
 struct Task {
   const float *scale, *offset;
   int64_t pieces, begin, end;
   Streams* ahead;
-  int first, last;  // of what is asked for during four pieces
+  int asks;  // during four pieces
   const float* before;
   float* c;
   int64_t ldc, columns;
-  int64_t together = 0;  // rows of A that are packed together
 
   int left(int v) const {  // columns of vector v
     const int64_t n = columns - v * kLanes;
@@ -51,9 +50,18 @@ struct Task {
   }
 };
 
+// The rows of a tile: in A, where `together` rows are packed as a group, and their sums; and which asks are theirs.
+struct TileRows {
+  const Piece* a;
+  int64_t together;
+  const float* before;
+  float* c;
+  int first_ask, last_ask;
+};
+
 // GROUP pieces of A share a scale, and SUMMED of them are summed in integers.
 template <class C, class Source, int ROWS, int GROUP, int SUMMED>
-void tile(const Piece* a, const Source& w, const Task& task) {
+void tile(const TileRows& rows, const Source& w, const Task& task) {
   constexpr int kWide = Source::vectors, kSums = ROWS * kWide;
   constexpr int kChains = kSums == 1 ? 2 : 1;  // what a dot product takes until the next may add to it
   VF total[kSums];
@@ -61,11 +69,12 @@ void tile(const Piece* a, const Source& w, const Task& task) {
   for (int i = 0; i < ROWS; ++i)
 #pragma GCC unroll 2
     for (int v = 0; v < kWide; ++v)
-      total[i * kWide + v] = task.before ? load<VF>(task.before + i * kColumns + v * kLanes) : set<VF>(0);
+      total[i * kWide + v] = rows.before ? load<VF>(rows.before + i * kColumns + v * kLanes) : set<VF>(0);
   if (task.end == task.pieces)
     for (int i = 0; i < ROWS; ++i)
-      for (int v = 0; v < kWide; ++v) __builtin_prefetch(task.c + i * task.ldc + v * kLanes, 1, 3);
-  for (int64_t g = task.begin; g < task.end; g += GROUP, a += task.together * GROUP) {
+      for (int v = 0; v < kWide; ++v) __builtin_prefetch(rows.c + i * task.ldc + v * kLanes, 1, 3);
+  const Piece* a = rows.a;
+  for (int64_t g = task.begin; g < task.end; g += GROUP, a += rows.together * GROUP) {
     VF part[kSums];
 #pragma GCC unroll 16
     for (VF& v : part) v = set<VF>(0);
@@ -79,7 +88,7 @@ void tile(const Piece* a, const Source& w, const Task& task) {
           acc[i * kWide + v] = set_ints(kOffsets * (SUMMED == 1 ? a[i * GROUP + p].begin : a[i * GROUP].group_begin));
       if (kChains == 2) acc[kSums * kChains - 1] = set_ints(0);
       for (int q = p; q < p + SUMMED; ++q) {
-        for (int i = task.first + int((g + q) & 3); i < task.last; i += 4) task.ahead->ask<Source::lines>();
+        for (int i = rows.first_ask + int((g + q) & 3); i < rows.last_ask; i += 4) task.ahead->ask<Source::lines>();
         w.piece(
             g + q, [&](int four, int v, Bytes codes) __attribute__((always_inline)) {
 #pragma GCC unroll 16
@@ -127,13 +136,13 @@ void tile(const Piece* a, const Source& w, const Task& task) {
     for (int i = 0; i < ROWS; ++i) {
       VF sum = total[i * kWide + v];
       if (last) sum = sum * factor;
-      store_n(task.c + i * task.ldc + v * kLanes, sum, task.left(v));
+      store_n(rows.c + i * task.ldc + v * kLanes, sum, task.left(v));
     }
   }
 }
 
 template <class Source>
-using Tile = void (*)(const Piece*, const Source&, const Task&);
+using Tile = void (*)(const TileRows&, const Source&, const Task&);
 
 template <class C, class Source, int GROUP, int SUMMED, int ROWS = Source::template max_rows<GROUP>>
 Tile<Source> tile_of(int rows) {
@@ -152,22 +161,22 @@ bool sums_whole_groups(const Weights& w) {
 template <class C, int GROUP, class Source>
 void multiply_groups(const Piece* a, const RowGroups& groups, const Source& w, bool whole, const Task& task) {
   const int64_t m = groups.first_row(groups.count);
-  const int64_t share = (int64_t(task.last) << 32) / m + 1;  // of what is asked for, of a row, times 2^32
+  const int64_t share = (int64_t(task.asks) << 32) / m + 1;  // of the asks, of a row, times 2^32
   for (int64_t group = 0; group < groups.count; ++group) {
-    const int64_t begin = groups.first_row(group);
-    Task part = task;
-    part.together = groups.rows(group);
-    const Piece* const rows = a + begin * task.pieces + task.begin * part.together;
-    const RowGroups tiles(part.together, Source::template max_rows<GROUP>);
+    const int64_t begin = groups.first_row(group), together = groups.rows(group);
+    const Piece* const pieces = a + begin * task.pieces + task.begin * together;
+    const RowGroups tiles(together, Source::template max_rows<GROUP>);
     for (int64_t t = 0; t < tiles.count; ++t) {
-      const int64_t first = tiles.first_row(t);
+      const int64_t first = tiles.first_row(t), row = begin + first;
       const int count = tiles.rows(t);
-      part.first = int(share * (begin + first) >> 32);
-      part.last = int(share * (begin + first + count) >> 32);
-      part.c = task.c + (begin + first) * task.ldc;
-      if (task.before) part.before = task.before + (begin + first) * kColumns;
+      const TileRows rows{pieces + first * GROUP,
+                          together,
+                          task.before ? task.before + row * kColumns : nullptr,
+                          task.c + row * task.ldc,
+                          int(share * row >> 32),
+                          int(share * (row + count) >> 32)};
       const auto run = whole ? tile_of<C, Source, GROUP, GROUP>(count) : tile_of<C, Source, GROUP, 1>(count);
-      run(rows + first * GROUP, w, part);
+      run(rows, w, task);
     }
   }
 }
@@ -216,7 +225,7 @@ void multiply_columns(const Piece* a, const RowGroups& groups, const Weights& w,
   stored.prepare(space.pieces, scale, offset);
   Task task{};
   task.scale = scale, task.offset = offset, task.pieces = task.end = space.pieces;
-  task.ahead = &ahead, task.last = asks_in_four<C, Stored<C>::lines>(kLanes);
+  task.ahead = &ahead, task.asks = asks_in_four<C, Stored<C>::lines>(kLanes);
   task.c = c + j0, task.ldc = ldc, task.columns = columns;
   multiply_groups<C, GROUP>(a, groups, stored, sums_whole_groups<GROUP>(w), task);
 }
@@ -248,11 +257,12 @@ void multiply_panels(const Piece* a, const RowGroups& groups, const Weights& w, 
     for (int v = 0; v < count; ++v) {
       const int64_t at = v * space.pieces * kLanes;
       stored[v].template prepare<Panel<C>::scales>(space.pieces, scale + at, offset ? offset + at : nullptr);
+      stored[v].ask_scales(kColumns * w.row_step);
     }
     Streams ahead = streams_ahead(w, j0 + kColumns, n, kColumns, d, C::bits);
     Task task{};
     task.scale = scale, task.offset = offset, task.pieces = space.pieces;
-    task.ahead = &ahead, task.last = asks_in_four<C, Panel<C>::lines>(kColumns);
+    task.ahead = &ahead, task.asks = asks_in_four<C, Panel<C>::lines>(kColumns);
     do {
       const int64_t left = space.pieces - task.begin;
       task.end = task.begin + (left < kPanelPieces ? left : kPanelPieces);
