@@ -242,6 +242,24 @@ def test_every_e8m0_scale_with_int8_activations(mode: str, target: Target) -> No
 
 
 @pytest.mark.declares("batch_invariant")
+@pytest.mark.parametrize("name", ["mxfp4", "mxfp8"])
+@pytest.mark.parametrize("power", [-125, -100, -60, 0, 60, 100, 120])
+def test_same_bits_where_products_by_scales_are_not_exact(name: str, power: int, target: Target, seed: int) -> None:
+    """Rows and scales of any size, whose sums become subnormal numbers or infinite: many rows have the bits of one."""
+    random = Random(seed)
+    N, D, rows = 45, 608, 40
+    codes = random.integers(0, 16 if name == "mxfp4" else 0x7F, 1, N, D)
+    for scales in (-126, -60, 0, 60, 120):
+        weight = weight_of(name, codes, random)
+        weight.scale.copy_(random.integers(scales + 127, scales + 131, *weight.scale.shape))
+        a = (random.normal(rows, D) * 2.0**power).to(torch.bfloat16)
+        a[::3, ::5] = 0
+        out = multiply(a, weight, target)
+        alone = torch.cat([multiply(a[i : i + 1], weight, target) for i in range(rows)])
+        assert_same_bits(out, alone, f"rows of 2^{power}, scales of 2^{scales}")
+
+
+@pytest.mark.declares("batch_invariant")
 @pytest.mark.parametrize("apart", [0, 1, 3, 4, 40])
 def test_groups_some_powers_apart_with_int8_activations(apart: int, target: Target, seed: int) -> None:
     """Four groups of 32 that share a scale of A, within a factor of 8 or not: where they are, a panel may hold their

@@ -9,6 +9,8 @@
 
 #if defined(POLYMOE_LEVEL_AVX512_BF16) && !defined(POLYMOE_LEVEL_AMX)
 
+#include <algorithm>
+
 #include "lane_strip.h"
 #include "quantized_ahead.h"
 
@@ -134,6 +136,45 @@ void multiply_group(const Strip<C>& strip, const char* a, Streams ahead, float* 
 
 // --- codes decoded into a panel --------------------------------------------------------------------------------------
 
+// Where factors are powers of two, `vscalefps` and an addition do what a multiply-add does, off the ports of the dot
+// products, and with the same bits if products are exact: if no bit of a sum by its factor is less than 2^-149, and
+// none is infinite. So both are bounded, by the exponents of A, biased, and those of the factors.
+struct Exponents {
+  int least, most;  // of A's numbers but zeros
+
+  // `bytes` of A.
+  Exponents(const char* a, int64_t bytes) {
+    const __m512i magnitude = _mm512_set1_epi16(0x7fff), one = _mm512_set1_epi16(1);
+    __m512i low = _mm512_set1_epi16(-1), high = _mm512_setzero_si512();
+    for (int64_t i = 0; i < bytes; i += kLine) {
+      const __m512i x = _mm512_and_si512(load_bytes(a + i), magnitude);
+      low = _mm512_min_epu16(low, _mm512_sub_epi16(x, one));  // where zero is the largest
+      high = _mm512_max_epu16(high, x);
+    }
+    alignas(64) uint16_t lows[32], highs[32];
+    _mm512_store_si512(lows, low), _mm512_store_si512(highs, high);
+    least = *std::min_element(lows, lows + 32) >> 7, most = *std::max_element(highs, highs + 32) >> 7;
+  }
+
+  // Factors from `vectors` of `steps` steps become logarithms, if products by them are exact.
+  bool take_logarithms(Scales* scales, int vectors, int64_t steps) const {
+    constexpr int code_bits = 9, sum_bits = 9 + 6;  // of a fraction, and of the largest, times 32
+    VF log[kVectors][kPanelSteps];
+    __m512 low = _mm512_set1_ps(128), high = _mm512_set1_ps(-128);
+    for (int v = 0; v < vectors; ++v)
+      for (int64_t step = 0; step < steps; ++step) {
+        const __m512 x = _mm512_getexp_ps(_mm512_load_ps(scales[v].factor[step]));
+        low = _mm512_min_ps(x, low), high = _mm512_max_ps(x, high);  // NaN counts as nothing
+        log[v][step] = {x};
+      }
+    if (least - 127 - 7 - code_bits + _mm512_reduce_min_ps(low) < -149) return false;
+    if (most - 126 + sum_bits + _mm512_reduce_max_ps(high) > 127) return false;
+    for (int v = 0; v < vectors; ++v)
+      for (int64_t step = 0; step < steps; ++step) store(scales[v].factor[step], log[v][step]);
+    return true;
+  }
+};
+
 // Columns of a panel, a part of the reduction at a time: what they are multiplied by, and where the sums go.
 struct Task {
   const char* panel;
@@ -148,8 +189,8 @@ struct Task {
   __mmask16 columns[kVectors];
 };
 
-// `stride`: rows of the group.
-template <int ROWS>
+// `stride`: rows of the group. POWERS: factors are logarithms, see Exponents.
+template <int ROWS, bool POWERS>
 void tile(const char* a, int64_t stride, const Task& task) {
   VF total[ROWS][kVectors];
 #pragma GCC unroll 8
@@ -179,7 +220,9 @@ void tile(const char* a, int64_t stride, const Task& task) {
     for (int v = 0; v < kVectors; ++v) {
       const VF factor = load<VF>(task.scales[v].factor[step >> task.shift]);
 #pragma GCC unroll 8
-      for (int i = 0; i < ROWS; ++i) total[i][v] = fma(acc[i][v], factor, total[i][v]);
+      for (int i = 0; i < ROWS; ++i)
+        total[i][v] =
+            POWERS ? total[i][v] + VF{_mm512_scalef_ps(acc[i][v].v, factor.v)} : fma(acc[i][v], factor, total[i][v]);
     }
   }
 #pragma GCC unroll 8
@@ -242,7 +285,10 @@ void multiply_in_registers(const char* a, int rows, const Weights& w, int64_t n,
 template <class C>
 void multiply_panels(const char* a, const RowGroups& groups, const Weights& w, int64_t n, int64_t d, float* c,
                      int64_t ldc) {
+  constexpr bool kPowers = C::adjust == Adjust::groups;
   const int64_t all = steps_of(d);
+  const bool repays = kPowers && groups.count > 2;  // reading A for it
+  const Exponents exponents(a, repays ? groups.first_row(groups.count) * all * kLine : 0);
   for (int64_t j = 0; j < n; j += kColumns) {
     const int64_t columns = n - j < kColumns ? n - j : kColumns, second = columns > kLanes ? columns - kLanes : 0;
     const Strip<C> strip[kVectors] = {
@@ -259,6 +305,7 @@ void multiply_panels(const char* a, const RowGroups& groups, const Weights& w, i
         strip[v].prepare(first, scales[v]);
         decode_panel(strip[v], first, steps, scales[v], w.workspace + v * kLine);
       }
+      const bool logarithms = repays && exponents.take_logarithms(scales, kVectors, steps);
       Task task{w.workspace, scales, steps, block_shift(*w.matrix), first > 0, &ahead, asks, nullptr, ldc, {}};
       task.columns[0] = lanes_below(int(columns - second)), task.columns[1] = lanes_below(int(second));
       for (int64_t group = 0; group < groups.count; ++group) {
@@ -267,7 +314,9 @@ void multiply_panels(const char* a, const RowGroups& groups, const Weights& w, i
         const RowGroups tiles(rows, kTileRows);
         for (int64_t i = 0; i < tiles.count; ++i) {
           task.c = c + (groups.first_row(group) + tiles.first_row(i)) * ldc + j;
-          const auto product = by_rows<kTileRows>(tiles.rows(i), [](auto count) { return &tile<count.value>; });
+          const auto product = by_rows<kTileRows>(tiles.rows(i), [&](auto count) {
+            return kPowers && logarithms ? &tile<count.value, kPowers> : &tile<count.value, false>;
+          });
           product(x + tiles.first_row(i) * 4, rows, task);
         }
       }
