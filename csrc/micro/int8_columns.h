@@ -140,8 +140,8 @@ class Stored {
     return load<VF>(scale);
   }
 
-  // Scales by piece as `add_scaled` takes them, which rows share or which are zero where it is all padding; and, where
-  // there are zero points, what they are above C::offset.
+  // Scales as `add_scaled` takes them, by piece and zero where it is all padding, or one vector if whole rows share
+  // them; and, where there are zero points, what they are above C::offset.
   template <ScaleKind KIND = C::scales>
   void prepare(int64_t pieces, float* scale, float* offset) const {
     if constexpr (KIND == ScaleKind::rows) {
@@ -261,9 +261,9 @@ struct Panel {
   }
 
 #if defined(POLYMOE_LEVEL_AVX512) || defined(POLYMOE_LEVEL_AVX512_BF16)
-  // Whole groups, and kFarFactor times what else would be there, but that of a piece by 2^-n times as much, if its
-  // power of two is n above the least of its group. That one becomes the scale of the group's first piece. False, and
-  // nothing written, where powers are too far apart.
+  // Whole groups: codes times 2^n, if the power of two of their piece is n above the least of its group, plus
+  // kFarFactor times the offset. The least becomes the scale of the group's first piece. False, and nothing written,
+  // where powers are too far apart.
   bool write_aligned(const Stored<C> (&columns)[kVectors], int count, int64_t end, float* scale, int64_t pieces) const {
     Bytes least[kVectors][kPanelPieces / 4], above[kVectors][kPanelPieces / 4];
     for (int v = 0; v < count; ++v)
