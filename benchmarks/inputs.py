@@ -39,10 +39,11 @@ def routing(T: int, E: int, K: int, dtype: torch.dtype, source: torch.Generator)
     return (weights / weights.sum(-1, keepdim=True)).to(dtype), ids
 
 
-def apart(
+def routing_apart(
     T: int, E: int, K: int, dtype: torch.dtype, source: torch.Generator, sets: int
 ) -> list[tuple[Tensor, Tensor]]:
-    """The same for so many input sets, of which no two hit the same expert: T * K * sets <= E."""
+    """As `routing`, weights [T, K] and ids [T, K] int64, for so many input sets, of which no two hit the same expert:
+    T * K * sets <= E."""
     experts = torch.randperm(E, generator=source, device=source.device)
     given = []
     for of_set in experts[: sets * T * K].view(sets, T, K):

@@ -50,7 +50,7 @@ def make_sets(
     most = shape.E // (T * shape.K)
     for count in range(inputs.SETS, most + 1):
         if bounds.streams(nbytes * count * T * shape.K / shape.E):
-            routes = inputs.apart(T, shape.E, shape.K, dtype, source, count)
+            routes = inputs.routing_apart(T, shape.E, shape.K, dtype, source, count)
             return [(inputs.normal((T, shape.H), dtype, source), *route) for route in routes], True
     return [make_set(shape, T, dtype, source) for _ in range(inputs.SETS)], False
 

@@ -17,6 +17,7 @@
 
 #include "bytes.h"
 #include "int8_piece.h"
+#include "int8_scales.h"
 #include "quantized_ahead.h"
 #include "tiles.h"
 
@@ -139,35 +140,24 @@ struct Mxfp4Rows {
   template <int GROUP>
   static bool left(const Weights& w, int64_t column, int64_t count, int64_t, const TileSpace& space, Left& out) {
     static_assert(GROUP == 4);
-    constexpr int far = 3;               // powers of two
-    constexpr int low = 30, high = 220;  // scales whose products with sums are normal numbers
-    alignas(16) static constexpr int8_t values[far + 1][16] = {
+    alignas(16) static constexpr int8_t values[kFar + 1][16] = {
         {0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12},
         {0, 2, 4, 6, 8, 12, 16, 24, 0, -2, -4, -6, -8, -12, -16, -24},
         {0, 4, 8, 12, 16, 24, 32, 48, 0, -4, -8, -12, -16, -24, -32, -48},
         {0, 8, 16, 24, 32, 48, 64, 96, 0, -8, -16, -24, -32, -48, -64, -96}};
     const Sixteen rows(w, column, count);
     const int64_t groups = space.pieces / GROUP, stride = space.pieces * kPiece;
-    const __m512i first_of_four = _mm512_set4_epi32(0x0c0c0c0c, 0x08080808, 0x04040404, 0);
     for (int64_t g = 0; g < groups; g += 4) {
       const int64_t here = groups - g < 4 ? groups - g : 4;
       Bytes codes[4];
       const __mmask16 mask = lanes_below(int(here * GROUP));
       load_lanes([&](int r) { return _mm_maskz_loadu_epi8(mask, rows.scale[r] + g * GROUP); }, codes);
       for (int64_t i = 0; i < here; ++i) {
-        const auto of_four = [&](auto f) {  // in every byte
-          const Bytes two = f(codes[i], _mm512_srli_epi32(codes[i], 16));
-          return _mm512_shuffle_epi8(f(two, _mm512_srli_epi32(two, 8)), first_of_four);
-        };
-        const Bytes least = of_four([](Bytes x, Bytes y) { return _mm512_min_epu8(x, y); });
-        const Bytes most = of_four([](Bytes x, Bytes y) { return _mm512_max_epu8(x, y); });
-        const __mmask64 outside = _mm512_cmplt_epu8_mask(least, _mm512_set1_epi8(low)) |
-                                  _mm512_cmpgt_epu8_mask(most, _mm512_set1_epi8(char(high))) |
-                                  _mm512_cmpgt_epu8_mask(_mm512_sub_epi8(most, least), _mm512_set1_epi8(far));
-        if (outside != 0) return false;
+        Bytes least, above_least;
+        if (!near_powers(codes[i], least, above_least)) return false;
         store(space.weight_scale(g + i), e8m0_of_byte(least, 0) * set<VF>(0.5f));
         alignas(64) uint8_t above[kTileRows][GROUP];
-        store_bytes(reinterpret_cast<char*>(above), _mm512_sub_epi8(codes[i], least));
+        store_bytes(reinterpret_cast<char*>(above), above_least);
         for (int r = 0; r < kTileRows; ++r) {
           const auto table = [&](int p) {
             return _mm_load_si128(reinterpret_cast<const __m128i*>(values[above[r][p]]));

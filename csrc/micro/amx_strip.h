@@ -40,10 +40,8 @@ class StripRows {
       data_[r] = row.data, scale_[r] = row.scale, zero_[r] = row.zero;
     }
     scale_ahead_ = zero_ahead_ = 0;
-    // Counted from this matrix on, the next call's row is that of its expert, for experts lie one after the other.
-    const bool more = column + count_ < n;
-    if (more || w.next) {
-      const MatrixRow next(m, more ? matrix_row(w, column + count_) : (w.next - m.data) / m.data_stride);
+    if (const int64_t ahead = row_ahead(w, column + count_, n); ahead >= 0) {
+      const MatrixRow next(m, ahead);
       scale_ahead_ = next.scale - scale_[0];
       if (m.zero) zero_ahead_ = next.zero - zero_[0];
     }

@@ -6,6 +6,7 @@
 #include "even_rows.h"
 #include "int8_piece.h"
 #include "int8_scales.h"
+#include "quantized_ahead.h"
 
 namespace polymoe::POLYMOE_LEVEL {
 namespace {
@@ -84,13 +85,11 @@ struct Space {
   }
 };
 
-// Powers of two that the pieces of a group may differ by and yet be summed in integers, and the greatest.
-constexpr int kFar = 3, kFarFactor = 1 << kFar;
-
 // A vector of columns, as they are stored; those past `count` repeat the last one.
 template <class C>
 class Stored {
  public:
+  using Codes = C;
   static constexpr int vectors = 1, lines = C::bits == 8 ? 2 : 1;  // lines: Streams::ask
   static constexpr ScaleKind scales = C::scales;
   template <int GROUP>
@@ -100,7 +99,6 @@ class Stored {
   Stored(const Weights& w, int64_t column, int64_t count, int64_t d) : used_((d + kPiece - 1) / kPiece) {
     const QuantizedMatrix& m = *w.matrix;
     share_ = m.scale_columns ? m.scale_columns / kPiece : used_;
-    scale_stride_ = m.scale_stride;
     for (int r = 0; r < kLanes; ++r) {
       const MatrixRow row(m, matrix_row(w, column + (r < count ? r : count - 1)));
       row_[r] = row.data;
@@ -163,33 +161,24 @@ class Stored {
     }
   }
 
-  // Those of the rows `rows` rows on, as far as a line of each, into the L2 cache.
-  void ask_scales(int64_t rows) const {
-    for (const char* const scale : scale_) __builtin_prefetch(scale + rows * scale_stride_, 0, 2);
+  // Bytes from the scales of the first column to those of column `next` of n, or of what the next call begins with.
+  int64_t scales_ahead(const Weights& w, int64_t next, int64_t n) const {
+    const int64_t row = row_ahead(w, next, n);
+    return row < 0 ? 0 : MatrixRow(*w.matrix, row).scale - scale_[0];
+  }
+  // A line of scales so far on from those of each column, into the L2 cache.
+  void ask_scales(int64_t ahead) const {
+    for (const char* const scale : scale_) __builtin_prefetch(scale + ahead, 0, 2);
   }
 
 #if defined(POLYMOE_LEVEL_AVX512) || defined(POLYMOE_LEVEL_AVX512_BF16)
-  // Of every group of four pieces in [first, end): the least of their powers of two, as e8m0 codes, and in byte i of
-  // every lane how far the one of piece i is above it. False where that is more than kFar, or little is known of them.
+  // near_powers of every group of four pieces in [first, end); false if one is not near.
   bool compare_powers(int64_t first, int64_t end, Bytes (&least)[kPanelPieces / 4],
                       Bytes (&above)[kPanelPieces / 4]) const {
-    constexpr int low = 30, high = 220;  // scales whose products with sums are normal numbers
     Bytes codes[kPanelPieces / 4];
     load_lanes(scale_, first, used_ - first, codes);
-    const Bytes first_of_four = _mm512_set4_epi32(0x0c0c0c0c, 0x08080808, 0x04040404, 0);
-    for (int64_t g = 0; g < (end - first) / 4; ++g) {
-      const auto of_four = [&](auto f) {  // in every byte
-        const Bytes two = f(codes[g], _mm512_srli_epi32(codes[g], 16));
-        return _mm512_shuffle_epi8(f(two, _mm512_srli_epi32(two, 8)), first_of_four);
-      };
-      least[g] = of_four([](Bytes x, Bytes y) { return _mm512_min_epu8(x, y); });
-      above[g] = _mm512_sub_epi8(codes[g], least[g]);
-      const Bytes most = of_four([](Bytes x, Bytes y) { return _mm512_max_epu8(x, y); });
-      if ((_mm512_cmplt_epu8_mask(least[g], _mm512_set1_epi8(low)) |
-           _mm512_cmpgt_epu8_mask(most, _mm512_set1_epi8(char(high))) |
-           _mm512_cmpgt_epu8_mask(above[g], _mm512_set1_epi8(kFar))) != 0)
-        return false;
-    }
+    for (int64_t g = 0; g < (end - first) / 4; ++g)
+      if (!near_powers(codes[g], least[g], above[g])) return false;
     return true;
   }
 #endif
@@ -229,7 +218,6 @@ class Stored {
 
   int64_t used_;   // pieces
   int64_t share_;  // pieces that have one scale
-  int64_t scale_stride_;
   const char *row_[kLanes], *scale_[kLanes], *zero_[kLanes];
   EvenRows rows_;  // for `piece`
 };
@@ -237,6 +225,7 @@ class Stored {
 // The same in a panel of up to kPanelPieces pieces from `first` on, all columns of it.
 template <class C>
 struct Panel {
+  using Codes = C;
   static constexpr int vectors = kVectors, lines = 1;
   static constexpr ScaleKind scales = C::scales == ScaleKind::powers ? kPanelPowers : C::scales;
   template <int GROUP>

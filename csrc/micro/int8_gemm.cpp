@@ -17,7 +17,6 @@
 // With AMX more than a few rows are left to amx_int8_activations.cpp, which takes the same steps, where it gains.
 #include "int8_columns.h"
 #include "int8_few_rows.h"
-#include "quantized_ahead.h"
 
 #if defined(POLYMOE_LEVEL_AMX)
 #include "amx_gemm.h"
@@ -60,8 +59,9 @@ struct TileRows {
 };
 
 // GROUP pieces of A share a scale, and SUMMED of them are summed in integers.
-template <class C, class Source, int ROWS, int GROUP, int SUMMED>
+template <class Source, int ROWS, int GROUP, int SUMMED>
 void tile(const TileRows& rows, const Source& w, const Task& task) {
+  using C = typename Source::Codes;
   constexpr int kWide = Source::vectors, kSums = ROWS * kWide;
   constexpr int kChains = kSums == 1 ? 2 : 1;  // what a dot product takes until the next may add to it
   VF total[kSums];
@@ -144,11 +144,11 @@ void tile(const TileRows& rows, const Source& w, const Task& task) {
 template <class Source>
 using Tile = void (*)(const TileRows&, const Source&, const Task&);
 
-template <class C, class Source, int GROUP, int SUMMED, int ROWS = Source::template max_rows<GROUP>>
+template <class Source, int GROUP, int SUMMED, int ROWS = Source::template max_rows<GROUP>>
 Tile<Source> tile_of(int rows) {
   if constexpr (ROWS > 1)
-    if (rows < ROWS) return tile_of<C, Source, GROUP, SUMMED, ROWS - 1>(rows);
-  return tile<C, Source, ROWS, GROUP, SUMMED>;
+    if (rows < ROWS) return tile_of<Source, GROUP, SUMMED, ROWS - 1>(rows);
+  return tile<Source, ROWS, GROUP, SUMMED>;
 }
 
 // Whether the elements of a group of A share a scale of the weights, too.
@@ -158,7 +158,7 @@ bool sums_whole_groups(const Weights& w) {
 }
 
 // All row groups of A with the columns of a source. `task` says the rest, but of the rows.
-template <class C, int GROUP, class Source>
+template <int GROUP, class Source>
 void multiply_groups(const Piece* a, const RowGroups& groups, const Source& w, bool whole, const Task& task) {
   const int64_t m = groups.first_row(groups.count);
   const int64_t share = (int64_t(task.asks) << 32) / m + 1;  // of the asks, of a row, times 2^32
@@ -175,7 +175,7 @@ void multiply_groups(const Piece* a, const RowGroups& groups, const Source& w, b
                           task.c + row * task.ldc,
                           int(share * row >> 32),
                           int(share * (row + count) >> 32)};
-      const auto run = whole ? tile_of<C, Source, GROUP, GROUP>(count) : tile_of<C, Source, GROUP, 1>(count);
+      const auto run = whole ? tile_of<Source, GROUP, GROUP>(count) : tile_of<Source, GROUP, 1>(count);
       run(rows, w, task);
     }
   }
@@ -227,7 +227,7 @@ void multiply_columns(const Piece* a, const RowGroups& groups, const Weights& w,
   task.scale = scale, task.offset = offset, task.pieces = task.end = space.pieces;
   task.ahead = &ahead, task.asks = asks_in_four<C, Stored<C>::lines>(kLanes);
   task.c = c + j0, task.ldc = ldc, task.columns = columns;
-  multiply_groups<C, GROUP>(a, groups, stored, sums_whole_groups<GROUP>(w), task);
+  multiply_groups<GROUP>(a, groups, stored, sums_whole_groups<GROUP>(w), task);
 }
 
 // Whether it is written so that groups of A are summed in integers, whatever the scales of the weights.
@@ -254,10 +254,11 @@ void multiply_panels(const Piece* a, const RowGroups& groups, const Weights& w, 
     const int count = columns > kLanes ? 2 : 1;
     const int64_t second = j0 + (count - 1) * kLanes;
     const Stored<C> stored[kVectors] = {{w, j0, columns, d, space, 0}, {w, second, n - second, d, space, count - 1}};
+    const int64_t next = stored[0].scales_ahead(w, j0 + kColumns, n);
     for (int v = 0; v < count; ++v) {
       const int64_t at = v * space.pieces * kLanes;
       stored[v].template prepare<Panel<C>::scales>(space.pieces, scale + at, offset ? offset + at : nullptr);
-      stored[v].ask_scales(kColumns * w.row_step);
+      stored[v].ask_scales(next);
     }
     Streams ahead = streams_ahead(w, j0 + kColumns, n, kColumns, d, C::bits);
     Task task{};
@@ -271,7 +272,7 @@ void multiply_panels(const Piece* a, const RowGroups& groups, const Weights& w, 
       task.ldc = last ? ldc : kColumns, task.columns = last ? columns : kColumns;
       const Panel<C> panel{space.panel(w.workspace), task.begin};
       const bool whole = write_panel<GROUP>(panel, stored, count, task, scale) || sums_whole_groups<GROUP>(w);
-      multiply_groups<C, GROUP>(a, groups, panel, whole, task);
+      multiply_groups<GROUP>(a, groups, panel, whole, task);
       task.before = space.sums(w.workspace), task.begin = task.end;
     } while (task.begin < space.pieces);
   }

@@ -26,6 +26,28 @@ inline VF half_power_of_byte(Bytes x, int i) {
   return e8m0_of_byte(x, i) * set<VF>(0.5f);
 }
 
+// Powers of two that the pieces of a group may differ by and yet be summed in integers, and the greatest.
+constexpr int kFar = 3, kFarFactor = 1 << kFar;
+
+#if defined(POLYMOE_LEVEL_AVX512) || defined(POLYMOE_LEVEL_AVX512_BF16)
+// Of four e8m0 codes in every lane: the least, in every byte, and how far each is above it. False where that is more
+// than kFar in a lane, or where products of scales with sums may not be normal numbers.
+inline bool near_powers(Bytes codes, Bytes& least, Bytes& above) {
+  constexpr int low = 30, high = 220;
+  const Bytes first_of_four = _mm512_set4_epi32(0x0c0c0c0c, 0x08080808, 0x04040404, 0);
+  const auto of_four = [&](auto f) {  // in every byte
+    const Bytes two = f(codes, _mm512_srli_epi32(codes, 16));
+    return _mm512_shuffle_epi8(f(two, _mm512_srli_epi32(two, 8)), first_of_four);
+  };
+  least = of_four([](Bytes x, Bytes y) { return _mm512_min_epu8(x, y); });
+  above = _mm512_sub_epi8(codes, least);
+  const Bytes most = of_four([](Bytes x, Bytes y) { return _mm512_max_epu8(x, y); });
+  return (_mm512_cmplt_epu8_mask(least, _mm512_set1_epi8(low)) |
+          _mm512_cmpgt_epu8_mask(most, _mm512_set1_epi8(char(high))) |
+          _mm512_cmpgt_epu8_mask(above, _mm512_set1_epi8(kFar))) == 0;
+}
+#endif
+
 #if defined(POLYMOE_LEVEL_AVX512_BF16) && !defined(POLYMOE_LEVEL_AMX)
 // On Zen 4 `vscalefps` and additions leave alone the ports that dot products and multiplications share.
 constexpr ScaleKind kPanelPowers = ScaleKind::logarithms;

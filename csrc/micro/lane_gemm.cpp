@@ -12,7 +12,6 @@
 #include <algorithm>
 
 #include "lane_strip.h"
-#include "quantized_ahead.h"
 
 namespace polymoe::POLYMOE_LEVEL {
 namespace {
@@ -37,7 +36,7 @@ constexpr int kVectors = 2, kColumns = kVectors * kLanes;  // of a panel
 struct Asks {
   const char* strip;  // lines of one to come
   int row;            // rows of this one from here on
-  int64_t at;         // Strip::within
+  int64_t at;         // Strip::past_end_in_next
 };
 
 // The products of a row group of A with a strip, line by line. ROWS <= kFewRows.
@@ -58,7 +57,7 @@ class Group {
       if (step % kPanelSteps == 0) strip_.prepare(step, scales_);
       Bytes line[kLanes];
       strip_.load_line(step * Strip<C>::step_bytes, line);
-      const int64_t near = strip_.within(step * Strip<C>::step_bytes + 2 * kLine);
+      const int64_t near = strip_.past_end_in_next(step * Strip<C>::step_bytes + 2 * kLine);
 #pragma GCC unroll 4
       for (int i = 0; i < kLineSteps; i += kChains) {
         const Asks asks{ahead.take<kChains * kParts>(), i * kParts * 4, near};
@@ -142,8 +141,8 @@ void multiply_group(const Strip<C>& strip, const char* a, Streams ahead, float* 
 struct Exponents {
   int least, most;  // of A's numbers but zeros
 
-  // `bytes` of A.
-  Exponents(const char* a, int64_t bytes) {
+  // Of `bytes` of A, whole lines.
+  static Exponents of(const char* a, int64_t bytes) {
     const __m512i magnitude = _mm512_set1_epi16(0x7fff), one = _mm512_set1_epi16(1);
     __m512i low = _mm512_set1_epi16(-1), high = _mm512_setzero_si512();
     for (int64_t i = 0; i < bytes; i += kLine) {
@@ -153,15 +152,15 @@ struct Exponents {
     }
     alignas(64) uint16_t lows[32], highs[32];
     _mm512_store_si512(lows, low), _mm512_store_si512(highs, high);
-    least = *std::min_element(lows, lows + 32) >> 7, most = *std::max_element(highs, highs + 32) >> 7;
+    return {*std::min_element(lows, lows + 32) >> 7, *std::max_element(highs, highs + 32) >> 7};
   }
 
-  // Factors from `vectors` of `steps` steps become logarithms, if products by them are exact.
-  bool take_logarithms(Scales* scales, int vectors, int64_t steps) const {
+  // The factors of a panel's steps become logarithms, if products by them are exact; returns whether they did.
+  bool take_logarithms(Scales (&scales)[kVectors], int64_t steps) const {
     constexpr int code_bits = 9, sum_bits = 9 + 6;  // of a fraction, and of the largest, times 32
     VF log[kVectors][kPanelSteps];
     __m512 low = _mm512_set1_ps(128), high = _mm512_set1_ps(-128);
-    for (int v = 0; v < vectors; ++v)
+    for (int v = 0; v < kVectors; ++v)
       for (int64_t step = 0; step < steps; ++step) {
         const __m512 x = _mm512_getexp_ps(_mm512_load_ps(scales[v].factor[step]));
         low = _mm512_min_ps(x, low), high = _mm512_max_ps(x, high);  // NaN counts as nothing
@@ -169,7 +168,7 @@ struct Exponents {
       }
     if (least - 127 - 7 - code_bits + _mm512_reduce_min_ps(low) < -149) return false;
     if (most - 126 + sum_bits + _mm512_reduce_max_ps(high) > 127) return false;
-    for (int v = 0; v < vectors; ++v)
+    for (int v = 0; v < kVectors; ++v)
       for (int64_t step = 0; step < steps; ++step) store(scales[v].factor[step], log[v][step]);
     return true;
   }
@@ -288,7 +287,7 @@ void multiply_panels(const char* a, const RowGroups& groups, const Weights& w, i
   constexpr bool kPowers = C::adjust == Adjust::groups;
   const int64_t all = steps_of(d);
   const bool repays = kPowers && groups.count > 2;  // reading A for it
-  const Exponents exponents(a, repays ? groups.first_row(groups.count) * all * kLine : 0);
+  const Exponents exponents = repays ? Exponents::of(a, groups.first_row(groups.count) * all * kLine) : Exponents{};
   for (int64_t j = 0; j < n; j += kColumns) {
     const int64_t columns = n - j < kColumns ? n - j : kColumns, second = columns > kLanes ? columns - kLanes : 0;
     const Strip<C> strip[kVectors] = {
@@ -305,7 +304,7 @@ void multiply_panels(const char* a, const RowGroups& groups, const Weights& w, i
         strip[v].prepare(first, scales[v]);
         decode_panel(strip[v], first, steps, scales[v], w.workspace + v * kLine);
       }
-      const bool logarithms = repays && exponents.take_logarithms(scales, kVectors, steps);
+      const bool logarithms = repays && exponents.take_logarithms(scales, steps);
       Task task{w.workspace, scales, steps, block_shift(*w.matrix), first > 0, &ahead, asks, nullptr, ldc, {}};
       task.columns[0] = lanes_below(int(columns - second)), task.columns[1] = lanes_below(int(second));
       for (int64_t group = 0; group < groups.count; ++group) {
@@ -315,7 +314,7 @@ void multiply_panels(const char* a, const RowGroups& groups, const Weights& w, i
         for (int64_t i = 0; i < tiles.count; ++i) {
           task.c = c + (groups.first_row(group) + tiles.first_row(i)) * ldc + j;
           const auto product = by_rows<kTileRows>(tiles.rows(i), [&](auto count) {
-            return kPowers && logarithms ? &tile<count.value, kPowers> : &tile<count.value, false>;
+            return logarithms ? &tile<count.value, kPowers> : &tile<count.value, false>;
           });
           product(x + tiles.first_row(i) * 4, rows, task);
         }

@@ -4,6 +4,7 @@
 #include "../formats/lanes.h"
 #include "../formats/scales.h"
 #include "even_rows.h"
+#include "quantized_ahead.h"
 
 namespace polymoe::POLYMOE_LEVEL {
 namespace {
@@ -76,18 +77,16 @@ class Strip {
   }
   Strip(const Strip&) = delete;
 
-  // Scales are asked for, too: from column `next` of n on, or from where the next call begins. Counted from this matrix
-  // on, that is a row of another expert, for experts lie one after the other.
+  // Scales are asked for, too: from column `next` of n on, or from where the next call begins.
   void look_ahead(const Weights& w, int64_t next, int64_t n) {
-    if (steps_ == 0 || (next >= n && !w.next)) return;
-    const int64_t row = next < n ? matrix_row(w, next) : (w.next - matrix_.data) / matrix_.data_stride;
-    scale_ahead_ = MatrixRow(matrix_, row).scale - scale_[0];
+    const int64_t row = row_ahead(w, next, n);
+    if (row >= 0) scale_ahead_ = MatrixRow(matrix_, row).scale - scale_[0];
   }
 
   static int64_t copy_bytes(int64_t d) { return kLanes * ((d * C::bits + 7) / 8); }
 
   // Byte `at` of a row, or, past its end, as far into the row that takes its place in the next strip.
-  [[gnu::always_inline]] int64_t within(int64_t at) const {
+  [[gnu::always_inline]] int64_t past_end_in_next(int64_t at) const {
     return at < bytes_ ? at : at - bytes_ + kLanes * rows_.stride;
   }
   // The line of row r at byte `at`, which load_line will read, into the L1 cache.
