@@ -3,9 +3,10 @@
 // for each lane, in the order of pairs that takes the fewest; rows of A are packed in the same one.
 //
 //   pairs                      that a vector of codes gives
-//   usual(v, adjust)           whether `decode` can take these four vectors of codes, which nearly all are
-//   decode(v, adjust, f)       f(j, pairs j) of one vector
-//   general(v, adjust, out)    all pairs of four vectors of any codes
+//   usual(v, adjust)           whether `pair` can take these four vectors of codes, each with its `adjust`, which it
+//                              nearly always can
+//   pair<J>(v, adjust)         pairs J of a vector
+//   general(v, adjust, out)    all pairs of a vector of any codes
 //
 // `adjust` of a lane makes its codes relative to its block: four bytes, see the codecs.
 #pragma once
@@ -18,8 +19,8 @@ namespace {
 
 // Codes without exceptions.
 struct AlwaysUsual {
-  static bool usual(const Bytes (&)[4], Bytes) { return true; }
-  static void general(const Bytes (&)[4], Bytes, Bytes*) {}
+  static bool usual(const Bytes (&)[4], const Bytes (&)[4]) { return true; }
+  static void general(Bytes, Bytes, Bytes*) {}
 };
 
 struct NibbleLanes {
@@ -28,55 +29,50 @@ struct NibbleLanes {
 
  protected:
   // An index has five bits, of which the fifth is the next code's, and so the table stands twice.
-  template <class F>
-  [[gnu::always_inline]] static void look_up_nibbles(Bytes v, const uint16_t (&table)[16], F&& f) {
+  template <int J>
+  [[gnu::always_inline]] static Bytes look_up(Bytes v, const uint16_t (&table)[16]) {
     const Bytes words = _mm512_broadcast_i64x4(_mm256_load_si256(reinterpret_cast<const __m256i*>(table)));
-    f(0, _mm512_permutexvar_epi16(v, words));
-    f(1, _mm512_permutexvar_epi16(_mm512_srli_epi16(v, 4), words));
-    f(2, _mm512_permutexvar_epi16(_mm512_srli_epi16(v, 8), words));
-    f(3, _mm512_permutexvar_epi16(_mm512_srli_epi16(v, 12), words));
+    return _mm512_permutexvar_epi16(J ? _mm512_srli_epi16(v, 4 * J) : v, words);
   }
 };
 
 struct Mxfp4Lanes : NibbleLanes, AlwaysUsual, Mxfp4Layout {
-  template <class F>
-  [[gnu::always_inline]] static void decode(Bytes v, Bytes, F&& f) {
-    look_up_nibbles(v, kE2m1.of[0], f);
+  template <int J>
+  [[gnu::always_inline]] static Bytes pair(Bytes v, Bytes) {
+    return look_up<J>(v, kE2m1.of[0]);
   }
 };
 
 // Without zero points.
 struct Int4Lanes : NibbleLanes, AlwaysUsual, Layout<4, Adjust::none> {
-  template <class F>
-  [[gnu::always_inline]] static void decode(Bytes v, Bytes, F&& f) {
-    look_up_nibbles(v, kInt4.of[8], f);
+  template <int J>
+  [[gnu::always_inline]] static Bytes pair(Bytes v, Bytes) {
+    return look_up<J>(v, kInt4.of[8]);
   }
 };
 
 // `adjust`: the zero point in all bytes.
 struct Int4ZeroLanes : NibbleLanes, Int4Layout {
-  static bool usual(const Bytes (&)[4], Bytes zero) { return _mm512_cmpgt_epu8_mask(zero, _mm512_set1_epi8(16)) == 0; }
-  // Codes less the zero point are five bits with a sign.
-  template <class F>
-  [[gnu::always_inline]] static void decode(Bytes v, Bytes zero, F&& f) {
-    const Bytes words = _mm512_inserti64x4(_mm512_castsi256_si512(half(kInt4.of[0])), half(kInt4.of[16]), 1);
-    const Bytes low = _mm512_sub_epi8(low_nibbles(v), zero), high = _mm512_sub_epi8(high_nibbles(v), zero);
-    f(0, _mm512_permutexvar_epi16(low, words));
-    f(1, _mm512_permutexvar_epi16(high, words));
-    f(2, _mm512_permutexvar_epi16(_mm512_srli_epi16(low, 8), words));
-    f(3, _mm512_permutexvar_epi16(_mm512_srli_epi16(high, 8), words));
+  static bool usual(const Bytes (&)[4], const Bytes (&zero)[4]) {
+    const Bytes most = _mm512_max_epu8(_mm512_max_epu8(zero[0], zero[1]), _mm512_max_epu8(zero[2], zero[3]));
+    return _mm512_cmpgt_epu8_mask(most, _mm512_set1_epi8(16)) == 0;
   }
-  static void general(const Bytes (&v)[4], Bytes zero, Bytes* out) {
+  // Codes less the zero point are five bits with a sign.
+  template <int J>
+  [[gnu::always_inline]] static Bytes pair(Bytes v, Bytes zero) {
+    const Bytes words = _mm512_inserti64x4(_mm512_castsi256_si512(half(kInt4.of[0])), half(kInt4.of[16]), 1);
+    const Bytes number = _mm512_sub_epi8(J % 2 ? high_nibbles(v) : low_nibbles(v), zero);
+    return _mm512_permutexvar_epi16(J < 2 ? number : _mm512_srli_epi16(number, 8), words);
+  }
+  static void general(Bytes v, Bytes zero, Bytes* out) {
     const Bytes nibble = _mm512_set1_epi32(15), offset = _mm512_and_si512(zero, _mm512_set1_epi32(255));
     const auto number = [&](Bytes x) {  // of nine bits at most, which bf16 holds
       return _mm512_castps_si512(_mm512_cvtepi32_ps(_mm512_sub_epi32(_mm512_and_si512(x, nibble), offset)));
     };
-    for (int i = 0; i < 4; ++i)
-      for (unsigned j = 0; j < 4; ++j) {
-        const Bytes first = number(_mm512_srli_epi32(v[i], 4 * j)),
-                    second = number(_mm512_srli_epi32(v[i], 16 + 4 * j));
-        *out++ = _mm512_or_si512(_mm512_srli_epi32(first, 16), second);
-      }
+    for (unsigned j = 0; j < 4; ++j) {
+      const Bytes first = number(_mm512_srli_epi32(v, 4 * j)), second = number(_mm512_srli_epi32(v, 16 + 4 * j));
+      out[j] = _mm512_or_si512(_mm512_srli_epi32(first, 16), second);
+    }
   }
 
  private:
@@ -93,15 +89,14 @@ struct ByteLanes {
 // e4m3, nearly always of normal numbers alone.
 template <class Stored>
 struct E4m3Lanes : ByteLanes, Stored {
-  static bool usual(const Bytes (&v)[4], Bytes) { return are_normal(v[0], v[1], v[2], v[3]); }
-  template <class F>
-  [[gnu::always_inline]] static void decode(Bytes v, Bytes, F&& f) {
-    f(0, normal_e4m3(even(v), rebias()));
-    f(1, normal_e4m3(odd(v), rebias()));
+  static bool usual(const Bytes (&v)[4], const Bytes (&)[4]) { return are_normal(v[0], v[1], v[2], v[3]); }
+  template <int J>
+  [[gnu::always_inline]] static Bytes pair(Bytes v, Bytes) {
+    return normal_e4m3(J ? odd(v) : even(v), rebias());
   }
-  static void general(const Bytes (&v)[4], Bytes, Bytes* out) {
+  static void general(Bytes v, Bytes, Bytes* out) {
     const auto number = [](Bytes x) { return with_sign(e4m3_magnitude(x), x); };
-    for (int i = 0; i < 4; ++i) out[2 * i] = number(even(v[i])), out[2 * i + 1] = number(odd(v[i]));
+    out[0] = number(even(v)), out[1] = number(odd(v));
   }
 
  private:

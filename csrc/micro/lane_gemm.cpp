@@ -11,7 +11,7 @@
 
 #include <algorithm>
 
-#include "lane_strip.h"
+#include "lane_few_rows.h"
 
 namespace polymoe::POLYMOE_LEVEL {
 namespace {
@@ -122,10 +122,12 @@ class Group {
   Scales scales_;
 };
 
+// `a`: the rows packed, or spread, see spreads.
 template <class C, int ROWS>
 void multiply_group(const Strip<C>& strip, const char* a, Streams ahead, float* c, int64_t ldc, int64_t columns) {
+  using Product = std::conditional_t<spreads<C>(ROWS), FewRows<C, ROWS>, Group<C, ROWS>>;
   VF total[ROWS];
-  Group<C, ROWS>(a, strip).multiply(ahead, total);
+  Product(a, strip).multiply(ahead, total);
   for (int i = 0; i < ROWS; ++i)
     if (columns == kLanes)
       store(c + i * ldc, total[i]);
@@ -263,15 +265,20 @@ auto by_rows(int rows, const F& f) {
 
 constexpr int64_t kPanelBytes = kPanelSteps * kPairs * kVectors * kLine;
 
-// Of the workspace: room for the copy of strip `i`, after the panel.
+// Of the workspace: room for a panel or for rows of A that are spread, and after it for the copy of strip `i`.
+inline int64_t first_bytes(int64_t d) { return std::max(kPanelBytes, spread_bytes(kSpreadRows, d)); }
 template <class C>
 char* copy_of(const Weights& w, int64_t d, int i) {
-  return w.workspace + kPanelBytes + i * Strip<C>::copy_bytes(d);
+  return w.workspace + first_bytes(d) + i * Strip<C>::copy_bytes(d);
 }
 
 template <class C>
 void multiply_in_registers(const char* a, int rows, const Weights& w, int64_t n, int64_t d, float* c, int64_t ldc) {
   const auto product = by_rows<kFewRows>(rows, [](auto count) { return &multiply_group<C, count.value>; });
+  if (spreads<C>(rows)) {
+    spread(a, rows, d, w.workspace);
+    a = w.workspace;
+  }
   for (int64_t j = 0; j < n; j += kLanes) {
     const int64_t columns = n - j < kLanes ? n - j : kLanes;
     Strip<C> strip(w, j, columns, d, copy_of<C>(w, d, 0));
@@ -365,7 +372,7 @@ void pack_rows(const char* const* rows, int64_t count, int64_t d, char* out) {
 
 template <class C>
 int64_t workspace(int64_t d) {
-  return kPanelBytes + kVectors * Strip<C>::copy_bytes(d);
+  return first_bytes(d) + kVectors * Strip<C>::copy_bytes(d);
 }
 
 template <class C>

@@ -1,6 +1,9 @@
 // A strip of quantised weights: as many rows of W as a vector has lanes, with their scales.
 #pragma once
 
+#include <type_traits>
+#include <utility>
+
 #include "../formats/lanes.h"
 #include "../formats/scales.h"
 #include "even_rows.h"
@@ -15,6 +18,7 @@ constexpr int kLanes = VF::width;            // rows of W
 constexpr int kPanelSteps = kBlock / kStep;  // whose scales are prepared together
 constexpr int64_t kLine = 64, kPart = 16;    // bytes of a row that are brought into lanes, and decoded, together
 constexpr int kLineParts = int(kLine / kPart);
+constexpr int kSpan = 4;  // steps: one for each quarter of a vector
 
 inline int64_t steps_of(int64_t d) { return (d + kStep - 1) / kStep; }
 
@@ -33,23 +37,31 @@ inline Bytes adjust_of(const Scales& scales, int64_t block) {
   return _mm512_load_si512(scales.adjust[block]);
 }
 
+template <int N, class F, int I = 0>
+[[gnu::always_inline]] inline void each_constant(F&& f) {
+  f(std::integral_constant<int, I>());
+  if constexpr (I + 1 < N) each_constant<N, F, I + 1>(std::forward<F>(f));
+}
+
 // f(c, p, w): pairs p of CHAINS times four vectors of codes, of all of them in turn.
 template <class C, int CHAINS, class F>
 [[gnu::always_inline]] inline void each_pair(const Bytes (&v)[CHAINS][4], const Bytes (&adjust)[CHAINS], F&& f) {
   bool usual = true;
 #pragma GCC unroll 4
-  for (int c = 0; c < CHAINS; ++c) usual = usual && C::usual(v[c], adjust[c]);
+  for (int c = 0; c < CHAINS; ++c) usual = usual && C::usual(v[c], {adjust[c], adjust[c], adjust[c], adjust[c]});
   if (__builtin_expect(usual, 1)) {
 #pragma GCC unroll 4
     for (int i = 0; i < 4; ++i)
 #pragma GCC unroll 4
       for (int c = 0; c < CHAINS; ++c)
-        C::decode(
-            v[c][i], adjust[c], [&](int j, Bytes w) __attribute__((always_inline)) { f(c, i * C::pairs + j, w); });
+        each_constant<C::pairs>([&](auto j) __attribute__((always_inline)) {
+          f(c, i * C::pairs + j, C::template pair<j>(v[c][i], adjust[c]));
+        });
     return;
   }
   Bytes w[CHAINS][4 * C::pairs];
-  for (int c = 0; c < CHAINS; ++c) C::general(v[c], adjust[c], w[c]);
+  for (int c = 0; c < CHAINS; ++c)
+    for (int i = 0; i < 4; ++i) C::general(v[c][i], adjust[c], w[c] + i * C::pairs);
 #pragma GCC unroll 1
   for (int p = 0; p < 4 * C::pairs; ++p)
 #pragma GCC unroll 4
@@ -93,6 +105,7 @@ class Strip {
   [[gnu::always_inline]] void ask_row(int r, int64_t at) const { __builtin_prefetch(rows_.row(r) + at, 0, 3); }
 
   int64_t steps() const { return steps_; }
+  int64_t whole_lines() const { return bytes_ / kLine; }
   // That of `step`, counted from the begin of its panel.
   int64_t block(int64_t step) const { return step % kPanelSteps >> shift_; }
 
@@ -111,6 +124,26 @@ class Strip {
     transpose(rows);
 #pragma GCC unroll 16
     for (int i = 0; i < kLanes; ++i) v[i] = _mm512_castps_si512(rows[i].v);
+  }
+
+  // Of codes of four bits, the line at byte `at` of every row, which is a span, zeros past the end: quarter j of vector
+  // 4q + i has, of step j, bytes 4i to 4i + 3 of rows 4q to 4q + 3, a lane each. No shuffle crosses a quarter.
+  template <bool WHOLE>
+  [[gnu::always_inline]] void load_span(int64_t at, Bytes (&v)[kLanes]) const {
+    static_assert(kSpan * step_bytes == kLine);
+    const __mmask64 mask = WHOLE ? ~0ull : (1ull << (bytes_ - at)) - 1;
+#pragma GCC unroll 4
+    for (int q = 0; q < 4; ++q) {
+      VF x[4];
+#pragma GCC unroll 4
+      for (int i = 0; i < 4; ++i) {
+        const char* const line = rows_.row(4 * q + i) + at;
+        x[i] = {_mm512_castsi512_ps(WHOLE ? load_bytes(line) : _mm512_maskz_loadu_epi8(mask, line))};
+      }
+      transpose_quarters(x);
+#pragma GCC unroll 4
+      for (int i = 0; i < 4; ++i) v[4 * q + i] = _mm512_castps_si512(x[i].v);
+    }
   }
 
   // For steps [first, first + kPanelSteps), as far as there are any.

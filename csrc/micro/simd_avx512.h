@@ -124,30 +124,37 @@ inline float sum(VF a) {
   return out[0];
 }
 
+// In each quarter by itself: lane i of vector c has what was lane c of vector i.
+[[gnu::always_inline]] inline void transpose_quarters(VF (&v)[4]) {
+  const __m512 low01 = _mm512_unpacklo_ps(v[0].v, v[1].v), high01 = _mm512_unpackhi_ps(v[0].v, v[1].v);
+  const __m512 low23 = _mm512_unpacklo_ps(v[2].v, v[3].v), high23 = _mm512_unpackhi_ps(v[2].v, v[3].v);
+  v[0].v = _mm512_shuffle_ps(low01, low23, _MM_SHUFFLE(1, 0, 1, 0));
+  v[1].v = _mm512_shuffle_ps(low01, low23, _MM_SHUFFLE(3, 2, 3, 2));
+  v[2].v = _mm512_shuffle_ps(high01, high23, _MM_SHUFFLE(1, 0, 1, 0));
+  v[3].v = _mm512_shuffle_ps(high01, high23, _MM_SHUFFLE(3, 2, 3, 2));
+}
+
+// Quarter i of vector c has what was quarter c of vector i.
+[[gnu::always_inline]] inline void exchange_quarters(VF (&v)[4]) {
+  const __m512 even01 = _mm512_shuffle_f32x4(v[0].v, v[1].v, 0x88), odd01 = _mm512_shuffle_f32x4(v[0].v, v[1].v, 0xdd);
+  const __m512 even23 = _mm512_shuffle_f32x4(v[2].v, v[3].v, 0x88), odd23 = _mm512_shuffle_f32x4(v[2].v, v[3].v, 0xdd);
+  v[0].v = _mm512_shuffle_f32x4(even01, even23, 0x88);
+  v[1].v = _mm512_shuffle_f32x4(odd01, odd23, 0x88);
+  v[2].v = _mm512_shuffle_f32x4(even01, even23, 0xdd);
+  v[3].v = _mm512_shuffle_f32x4(odd01, odd23, 0xdd);
+}
+
 // Lane j of vector i goes to lane i of vector j.
 inline void transpose(VF (&v)[16]) {
-  __m512 a[16], b[16];
-  for (int i = 0; i < 8; ++i) {
-    a[2 * i] = _mm512_unpacklo_ps(v[2 * i].v, v[2 * i + 1].v);
-    a[2 * i + 1] = _mm512_unpackhi_ps(v[2 * i].v, v[2 * i + 1].v);
-  }
-  const auto low = [](__m512 x, __m512 y) { return _mm512_shuffle_ps(x, y, _MM_SHUFFLE(1, 0, 1, 0)); };
-  const auto high = [](__m512 x, __m512 y) { return _mm512_shuffle_ps(x, y, _MM_SHUFFLE(3, 2, 3, 2)); };
-  for (int i = 0; i < 4; ++i) {  // b[4i + c]: lane c of each quarter of vectors 4i to 4i + 3
-    b[4 * i] = low(a[4 * i], a[4 * i + 2]);
-    b[4 * i + 1] = high(a[4 * i], a[4 * i + 2]);
-    b[4 * i + 2] = low(a[4 * i + 1], a[4 * i + 3]);
-    b[4 * i + 3] = high(a[4 * i + 1], a[4 * i + 3]);
+  VF fours[4][4];
+  for (int q = 0; q < 4; ++q) {
+    for (int i = 0; i < 4; ++i) fours[q][i] = v[4 * q + i];
+    transpose_quarters(fours[q]);
   }
   for (int c = 0; c < 4; ++c) {
-    const __m512 even01 = _mm512_shuffle_f32x4(b[c], b[4 + c], 0x88),
-                 odd01 = _mm512_shuffle_f32x4(b[c], b[4 + c], 0xdd);
-    const __m512 even23 = _mm512_shuffle_f32x4(b[8 + c], b[12 + c], 0x88);
-    const __m512 odd23 = _mm512_shuffle_f32x4(b[8 + c], b[12 + c], 0xdd);
-    v[c].v = _mm512_shuffle_f32x4(even01, even23, 0x88);
-    v[4 + c].v = _mm512_shuffle_f32x4(odd01, odd23, 0x88);
-    v[8 + c].v = _mm512_shuffle_f32x4(even01, even23, 0xdd);
-    v[12 + c].v = _mm512_shuffle_f32x4(odd01, odd23, 0xdd);
+    VF x[4] = {fours[0][c], fours[1][c], fours[2][c], fours[3][c]};
+    exchange_quarters(x);
+    for (int q = 0; q < 4; ++q) v[4 * q + c] = x[q];
   }
 }
 
