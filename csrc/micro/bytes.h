@@ -48,11 +48,11 @@ inline VF e8m0_of_byte(Bytes x, int i) {
 }
 
 // 16 bytes of row r, r + 4, r + 8 and r + 12 in each of four vectors: lane r of v[i] gets bytes 4i to 4i + 3 of row r.
-[[gnu::always_inline]] inline void lanes_of_fours(__m512i a, __m512i b, __m512i c, __m512i d, Bytes* v) {
-  const __m512i low0 = _mm512_unpacklo_epi32(a, b), high0 = _mm512_unpackhi_epi32(a, b);
-  const __m512i low1 = _mm512_unpacklo_epi32(c, d), high1 = _mm512_unpackhi_epi32(c, d);
-  v[0] = _mm512_unpacklo_epi64(low0, low1), v[1] = _mm512_unpackhi_epi64(low0, low1);
-  v[2] = _mm512_unpacklo_epi64(high0, high1), v[3] = _mm512_unpackhi_epi64(high0, high1);
+[[gnu::always_inline]] inline void lanes_of_fours(Bytes a, Bytes b, Bytes c, Bytes d, Bytes* v) {
+  VF x[4] = {{_mm512_castsi512_ps(a)}, {_mm512_castsi512_ps(b)}, {_mm512_castsi512_ps(c)}, {_mm512_castsi512_ps(d)}};
+  transpose_quarters(x);
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i) v[i] = _mm512_castps_si512(x[i].v);
 }
 
 // 16 bytes of each of 16 rows, line(r) those of row r: lane r of vector i has bytes 4i to 4i + 3 of row r.

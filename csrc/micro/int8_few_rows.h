@@ -112,10 +112,10 @@ void deal_out(const Piece* a, int64_t pieces, char* out) {
 
 // Of four times four rows: the sums of 128 bits each of row r in lane r.
 inline void add_quarters(const Bytes (&v)[4], Bytes (&sums)[kChunkPieces]) {
-  const __m512i low0 = _mm512_shuffle_i32x4(v[0], v[1], 0x44), low1 = _mm512_shuffle_i32x4(v[2], v[3], 0x44);
-  const __m512i high0 = _mm512_shuffle_i32x4(v[0], v[1], 0xee), high1 = _mm512_shuffle_i32x4(v[2], v[3], 0xee);
-  sums[0] = _mm512_shuffle_i32x4(low0, low1, 0x88), sums[1] = _mm512_shuffle_i32x4(low0, low1, 0xdd);
-  sums[2] = _mm512_shuffle_i32x4(high0, high1, 0x88), sums[3] = _mm512_shuffle_i32x4(high0, high1, 0xdd);
+  VF x[4];
+  for (int i = 0; i < 4; ++i) x[i] = {_mm512_castsi512_ps(v[i])};
+  exchange_quarters(x);
+  for (int i = 0; i < kChunkPieces; ++i) sums[i] = _mm512_castps_si512(x[i].v);
 }
 
 // The integer sums of a chunk of 16 rows of W, `bytes` of each, with M rows of A that deal_out wrote. `ask()` as above.

@@ -9,7 +9,7 @@
 namespace polymoe::POLYMOE_LEVEL {
 namespace {
 
-// Whether A is spread: codes of eight bits would need two lines of a row for four steps, and are slower that way; and
+// Whether A is spread: codes of eight bits would need two lines of a row for four steps, and gain nothing that way; and
 // the sums of more rows, four vectors each, have no room beside the codes.
 constexpr int kSpreadRows = 3;
 template <class C>

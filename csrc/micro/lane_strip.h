@@ -132,18 +132,12 @@ class Strip {
   [[gnu::always_inline]] void load_span(int64_t at, Bytes (&v)[kLanes]) const {
     static_assert(kSpan * step_bytes == kLine);
     const __mmask64 mask = WHOLE ? ~0ull : (1ull << (bytes_ - at)) - 1;
+    const auto line = [&](int r) {
+      const char* const from = rows_.row(r) + at;
+      return WHOLE ? load_bytes(from) : _mm512_maskz_loadu_epi8(mask, from);
+    };
 #pragma GCC unroll 4
-    for (int q = 0; q < 4; ++q) {
-      VF x[4];
-#pragma GCC unroll 4
-      for (int i = 0; i < 4; ++i) {
-        const char* const line = rows_.row(4 * q + i) + at;
-        x[i] = {_mm512_castsi512_ps(WHOLE ? load_bytes(line) : _mm512_maskz_loadu_epi8(mask, line))};
-      }
-      transpose_quarters(x);
-#pragma GCC unroll 4
-      for (int i = 0; i < 4; ++i) v[4 * q + i] = _mm512_castps_si512(x[i].v);
-    }
+    for (int r = 0; r < kLanes; r += 4) lanes_of_fours(line(r), line(r + 1), line(r + 2), line(r + 3), v + r);
   }
 
   // For steps [first, first + kPanelSteps), as far as there are any.
