@@ -3,6 +3,7 @@
 // for each lane, in the order of pairs that takes the fewest; rows of A are packed in the same one.
 //
 //   pairs                      that a vector of codes gives
+//   power                      codes are given times two to it, so scales have to be divided by that
 //   usual(v, adjust)           whether `pair` can take these four vectors of codes, each with its `adjust`, which it
 //                              nearly always can
 //   pair<J>(v, adjust)         pairs J of a vector
@@ -25,7 +26,7 @@ struct AlwaysUsual {
 
 struct NibbleLanes {
   using Order = InEights;
-  static constexpr int pairs = 4;
+  static constexpr int pairs = 4, power = 0;
 
  protected:
   // An index has five bits, of which the fifth is the next code's, and so the table stands twice.
@@ -89,13 +90,14 @@ struct ByteLanes {
 // e4m3, nearly always of normal numbers alone.
 template <class Stored>
 struct E4m3Lanes : ByteLanes, Stored {
+  static constexpr int power = kE4m3Power;
   static bool usual(const Bytes (&v)[4], const Bytes (&)[4]) { return are_normal(v[0], v[1], v[2], v[3]); }
   template <int J>
   [[gnu::always_inline]] static Bytes pair(Bytes v, Bytes) {
-    return normal_e4m3(J ? odd(v) : even(v), rebias());
+    return normal_e4m3_by_power(J ? odd(v) : even(v));
   }
   static void general(Bytes v, Bytes, Bytes* out) {
-    const auto number = [](Bytes x) { return with_sign(e4m3_magnitude(x), x); };
+    const auto number = [](Bytes x) { return with_sign(e4m3_magnitude<power>(x), x); };
     out[0] = number(even(v)), out[1] = number(odd(v));
   }
 

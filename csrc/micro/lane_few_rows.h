@@ -116,9 +116,14 @@ class FewRows {
     for (int r = 0; r < ROWS; ++r) {
       VF by_step[kSpan] = {acc[0][r], acc[1][r], acc[2][r], acc[3][r]};
       exchange_quarters(by_step);
+      VF block;
 #pragma GCC unroll 4
-      for (int i = 0; i < (WHOLE ? kSpan : count); ++i)
-        sum[r] = fma(by_step[i], load<VF>(scales_.factor[strip_.block(first + i)]), sum[r]);
+      for (int i = 0; i < (WHOLE ? kSpan : count); ++i) {
+        block = i % C::scaled_steps == 0 ? by_step[i] : block + by_step[i];
+        const int next = i + 1;
+        if (next % C::scaled_steps != 0 && next != (WHOLE ? kSpan : count)) continue;
+        sum[r] = fma(block, load<VF>(scales_.factor[strip_.block(first + i)]), sum[r]);
+      }
     }
   }
 

@@ -1,7 +1,8 @@
 // The matmul microkernel for quantised weights and bf16 with columns as lanes. Codes are multiplied exactly; what a
-// step of 32 of them sums to is then multiplied by its scale and added to the total, which is one fused multiply-add:
+// step of 32 of them sums to, or four steps that share a scale, is then multiplied by it and added to the total, which
+// is one fused multiply-add:
 //
-//   total += scale[step] * sum over the step of x * code
+//   total += scale[block] * sum over the steps of the block of (sum over the step of x * code)
 //
 // So steps do not wait for each other. For a row group of A codes are decoded in registers where they are used. For
 // more they are decoded into a panel first, once for all rows. Both add the same numbers in the same order.
@@ -54,40 +55,62 @@ class Group {
   Group(const Group&) = delete;
 
   void multiply(Streams& ahead, VF (&total)[ROWS]) {
-    // Steps at a time: an addition to a sum waits six cycles for the one before.
-    constexpr int kChains = ROWS == 1 ? kLineSteps : ROWS <= 5 ? 2 : 1;
-    VF sum[ROWS];  // in registers, where `total` has to be memory
+    Sums sums;  // in registers, where `total` has to be memory
 #pragma GCC unroll 16
-    for (VF& v : sum) v = set<VF>(0);
-    const int64_t steps = strip_.steps(), whole = steps / kLineSteps * kLineSteps;
-    for (int64_t step = 0; step < whole; step += kLineSteps) {
-      if (step % kPanelSteps == 0) strip_.prepare(step, scales_);
-      Bytes line[kLanes];
-      strip_.load_line(step * Strip<C>::step_bytes, line);
-      const int64_t near = strip_.past_end_in_next(step * Strip<C>::step_bytes + 2 * kLine);
-#pragma GCC unroll 4
-      for (int i = 0; i < kLineSteps; i += kChains) {
-        const Asks asks{ahead.take<kChains * kParts>(), i * kParts * 4, near};
-        add<kChains>(line + i * kParts * 4, step + i, asks, sum);
-      }
+    for (VF& v : sums.total) v = set<VF>(0);
+    constexpr int kRun = C::scaled_steps > kLineSteps ? C::scaled_steps : kLineSteps;
+    const int64_t steps = strip_.steps(), whole = steps / kRun * kRun;
+    for (int64_t first = 0; first < whole; first += kRun) {
+      if (first % kPanelSteps == 0) strip_.prepare(first, scales_);
+#pragma GCC unroll 2
+      for (int step = 0; step < kRun; step += kLineSteps) add_line(Run{first, kRun}, step, ahead, sums);
     }
     if (whole < steps) {
       if (whole % kPanelSteps == 0) strip_.prepare(whole, scales_);
-      Bytes line[kLanes];
-      strip_.load_line(whole * Strip<C>::step_bytes, line);
+      const Run run{whole, int(steps - whole)};
       const Asks nothing{a_, 0, 0};  // that the caches do not hold
-      for (int64_t step = whole; step < steps; ++step) add<1>(line + (step - whole) * kParts * 4, step, nothing, sum);
+      Bytes line[kLanes];
+      for (int step = 0; step < run.count; ++step) {
+        const int of_line = step % kLineSteps;
+        if (of_line == 0) strip_.load_line((whole + step) * Strip<C>::step_bytes, line);
+        add<1>(line + of_line * kParts * 4, run, step, nothing, sums);
+      }
     }
 #pragma GCC unroll 16
-    for (int i = 0; i < ROWS; ++i) total[i] = sum[i];
+    for (int i = 0; i < ROWS; ++i) total[i] = sums.total[i];
   }
 
  private:
   static constexpr int kParts = Strip<C>::parts, kPartPairs = Strip<C>::part_pairs, kLineSteps = kLineParts / kParts;
 
-  // Steps [first, first + CHAINS), each a sum of its own.
+  struct Sums {
+    VF block[ROWS];  // of its steps so far
+    VF total[ROWS];
+  };
+  // Whole blocks, but for the end of the reduction.
+  struct Run {
+    int64_t first;
+    int count;  // of steps
+  };
+
+  [[gnu::always_inline]] void add_line(const Run& run, int step, Streams& ahead, Sums& sums) const {
+    // Steps at a time: an addition to a sum waits six cycles for the one before.
+    constexpr int kChains = ROWS == 1 ? kLineSteps : ROWS <= 5 ? 2 : 1;
+    const int64_t at = (run.first + step) * Strip<C>::step_bytes;
+    Bytes line[kLanes];
+    strip_.load_line(at, line);
+    const int64_t near = strip_.past_end_in_next(at + 2 * kLine);
+#pragma GCC unroll 4
+    for (int i = 0; i < kLineSteps; i += kChains) {
+      const Asks asks{ahead.take<kChains * kParts>(), i * kParts * 4, near};
+      add<kChains>(line + i * kParts * 4, run, step + i, asks, sums);
+    }
+  }
+
+  // Steps [step, step + CHAINS) of a run, each a sum of its own.
   template <int CHAINS>
-  [[gnu::always_inline]] void add(const Bytes* line, int64_t first, const Asks& asks, VF (&sum)[ROWS]) const {
+  [[gnu::always_inline]] void add(const Bytes* line, const Run& run, int step, const Asks& asks, Sums& sums) const {
+    const int64_t first = run.first + step;
     VF acc[CHAINS][ROWS];
     Bytes adjust[CHAINS];
 #pragma GCC unroll 4
@@ -118,9 +141,14 @@ class Group {
     }
 #pragma GCC unroll 4
     for (int c = 0; c < CHAINS; ++c) {
+      const bool begins = (step + c) % C::scaled_steps == 0;
+#pragma GCC unroll 16
+      for (int i = 0; i < ROWS; ++i) sums.block[i] = begins ? acc[c][i] : sums.block[i] + acc[c][i];
+      const int next = step + c + 1;
+      if (next % C::scaled_steps != 0 && next != run.count) continue;
       const VF factor = load<VF>(scales_.factor[strip_.block(first + c)]);
 #pragma GCC unroll 16
-      for (int i = 0; i < ROWS; ++i) sum[i] = fma(acc[c][i], factor, sum[i]);
+      for (int i = 0; i < ROWS; ++i) sums.total[i] = fma(sums.block[i], factor, sums.total[i]);
     }
   }
 
@@ -164,9 +192,10 @@ struct Exponents {
     return {*std::min_element(lows, lows + 32) >> 7, *std::max_element(highs, highs + 32) >> 7};
   }
 
-  // The factors of a panel's steps become logarithms, if products by them are exact; returns whether they did.
-  bool take_logarithms(Scales (&scales)[kVectors], int64_t steps) const {
-    constexpr int code_bits = 9, sum_bits = 9 + 6;  // of a fraction, and of the largest, times 32
+  // The factors of a panel's steps become logarithms, if products by them are exact; returns whether they did. `power`:
+  // that of the codes.
+  bool take_logarithms(int power, Scales (&scales)[kVectors], int64_t steps) const {
+    const int code_bits = 9, sum_bits = 9 + 6 + power;  // of a fraction, and of the largest, times 32
     VF log[kVectors][kPanelSteps];
     __m512 low = _mm512_set1_ps(128), high = _mm512_set1_ps(-128);
     for (int v = 0; v < kVectors; ++v)
@@ -197,8 +226,8 @@ struct Task {
   __mmask16 columns[kVectors];
 };
 
-// `stride`: rows of the group. POWERS: factors are logarithms, see Exponents.
-template <int ROWS, bool POWERS>
+// `stride`: rows of the group. POWERS: factors are logarithms, see Exponents. SCALED: see Scaled.
+template <int ROWS, bool POWERS, int SCALED>
 void tile(const char* a, int64_t stride, const Task& task) {
   VF total[ROWS][kVectors];
 #pragma GCC unroll 8
@@ -208,29 +237,42 @@ void tile(const char* a, int64_t stride, const Task& task) {
       total[i][v] = {task.add ? _mm512_maskz_loadu_ps(task.columns[v], task.c + i * task.ldc + v * kLanes)
                               : _mm512_setzero_ps()};
   const char* w = task.panel;
-  for (int64_t step = 0; step < task.steps; ++step) {
-    for (int i = 0; i < task.asks; ++i) task.ahead->ask();
-    VF acc[ROWS][kVectors];
+  for (int64_t step = 0; step < task.steps;) {
+    VF block[ROWS][kVectors];
 #pragma GCC unroll 8
     for (int i = 0; i < ROWS; ++i)
 #pragma GCC unroll 2
-      for (int v = 0; v < kVectors; ++v) acc[i][v] = set<VF>(0);
-#pragma GCC unroll 2
-    for (int p = 0; p < kPairs; ++p, a += stride * 4, w += kVectors * kLine) {
-      const Bytes w0 = load_bytes(w), w1 = load_bytes(w + kLine);
-#pragma GCC unroll 8
-      for (int i = 0; i < ROWS; ++i) {
-        acc[i][0] = add_pairs(acc[i][0], a + i * 4, w0);
-        acc[i][1] = add_pairs(acc[i][1], a + i * 4, w1);
-      }
-    }
-#pragma GCC unroll 2
-    for (int v = 0; v < kVectors; ++v) {
-      const VF factor = load<VF>(task.scales[v].factor[step >> task.shift]);
+      for (int v = 0; v < kVectors; ++v) block[i][v] = set<VF>(0);
+    const int64_t first = step, end = SCALED == 1 ? step + 1 : std::min(step + SCALED, task.steps);
+    do {
+      for (int i = 0; i < task.asks; ++i) task.ahead->ask();
+      VF acc[ROWS][kVectors];
 #pragma GCC unroll 8
       for (int i = 0; i < ROWS; ++i)
-        total[i][v] =
-            POWERS ? total[i][v] + VF{_mm512_scalef_ps(acc[i][v].v, factor.v)} : fma(acc[i][v], factor, total[i][v]);
+#pragma GCC unroll 2
+        for (int v = 0; v < kVectors; ++v) acc[i][v] = set<VF>(0);
+#pragma GCC unroll 2
+      for (int p = 0; p < kPairs; ++p, a += stride * 4, w += kVectors * kLine) {
+        const Bytes w0 = load_bytes(w), w1 = load_bytes(w + kLine);
+#pragma GCC unroll 8
+        for (int i = 0; i < ROWS; ++i) {
+          acc[i][0] = add_pairs(acc[i][0], a + i * 4, w0);
+          acc[i][1] = add_pairs(acc[i][1], a + i * 4, w1);
+        }
+      }
+#pragma GCC unroll 8
+      for (int i = 0; i < ROWS; ++i)
+#pragma GCC unroll 2
+        for (int v = 0; v < kVectors; ++v) block[i][v] = SCALED == 1 ? acc[i][v] : block[i][v] + acc[i][v];
+      ++step;
+    } while (step < end);
+#pragma GCC unroll 2
+    for (int v = 0; v < kVectors; ++v) {
+      const VF factor = load<VF>(task.scales[v].factor[SCALED > 1 ? first / SCALED : first >> task.shift]);
+#pragma GCC unroll 8
+      for (int i = 0; i < ROWS; ++i)
+        total[i][v] = POWERS ? total[i][v] + VF{_mm512_scalef_ps(block[i][v].v, factor.v)}
+                             : fma(block[i][v], factor, total[i][v]);
     }
   }
 #pragma GCC unroll 8
@@ -318,7 +360,7 @@ void multiply_panels(const char* a, const RowGroups& groups, const Weights& w, i
         strip[v].prepare(first, scales[v]);
         decode_panel(strip[v], first, steps, scales[v], w.workspace + v * kLine);
       }
-      const bool logarithms = repays && exponents.take_logarithms(scales, steps);
+      const bool logarithms = repays && exponents.take_logarithms(C::power, scales, steps);
       Task task{w.workspace, scales, steps, block_shift(*w.matrix), first > 0, &ahead, asks, nullptr, ldc, {}};
       task.columns[0] = lanes_below(int(columns - second)), task.columns[1] = lanes_below(int(second));
       for (int64_t group = 0; group < groups.count; ++group) {
@@ -328,7 +370,8 @@ void multiply_panels(const char* a, const RowGroups& groups, const Weights& w, i
         for (int64_t i = 0; i < tiles.count; ++i) {
           task.c = c + (groups.first_row(group) + tiles.first_row(i)) * ldc + j;
           const auto product = by_rows<kTileRows>(tiles.rows(i), [&](auto count) {
-            return logarithms ? &tile<count.value, kPowers> : &tile<count.value, false>;
+            return logarithms ? &tile<count.value, kPowers, C::scaled_steps>
+                              : &tile<count.value, false, C::scaled_steps>;
           });
           product(x + tiles.first_row(i) * 4, rows, task);
         }
@@ -338,7 +381,7 @@ void multiply_panels(const char* a, const RowGroups& groups, const Weights& w, i
 }
 
 template <class C>
-void multiply(const char* a, int64_t m, const Weights& w, int64_t n, int64_t d, void* c, int64_t ldc) {
+void multiply_scaled(const char* a, int64_t m, const Weights& w, int64_t n, int64_t d, void* c, int64_t ldc) {
   const RowGroups groups(m, kMaxRows);
   if (groups.count == 0 || n == 0) return;
   float* const sums = static_cast<float*>(c);
@@ -346,6 +389,13 @@ void multiply(const char* a, int64_t m, const Weights& w, int64_t n, int64_t d, 
     multiply_panels<C>(a, groups, w, n, d, sums, ldc);
   else
     multiply_in_registers<C>(a, int(m), w, n, d, sums, ldc);
+}
+
+template <class C>
+void multiply(const char* a, int64_t m, const Weights& w, int64_t n, int64_t d, void* c, int64_t ldc) {
+  if constexpr (C::adjust != Adjust::groups)
+    if (w.matrix->scale_columns == kSpan * kStep) return multiply_scaled<Scaled<C, kSpan>>(a, m, w, n, d, c, ldc);
+  multiply_scaled<Scaled<C, 1>>(a, m, w, n, d, c, ldc);
 }
 
 // int4 with zero points or without.

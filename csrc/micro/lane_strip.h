@@ -22,6 +22,12 @@ constexpr int kSpan = 4;  // steps: one for each quarter of a vector
 
 inline int64_t steps_of(int64_t d) { return (d + kStep - 1) / kStep; }
 
+// Codes of blocks of STEPS steps, or more, whose sums are added before they are multiplied by the scale.
+template <class C, int STEPS>
+struct Scaled : C {
+  static constexpr int scaled_steps = STEPS;
+};
+
 // Of kPanelSteps steps, by block: the scale, and what codes are adjusted by.
 struct Scales {
   alignas(64) float factor[kPanelSteps][kLanes];
@@ -107,7 +113,9 @@ class Strip {
   int64_t steps() const { return steps_; }
   int64_t whole_lines() const { return bytes_ / kLine; }
   // That of `step`, counted from the begin of its panel.
-  int64_t block(int64_t step) const { return step % kPanelSteps >> shift_; }
+  int64_t block(int64_t step) const {
+    return C::scaled_steps > 1 ? step % kPanelSteps / C::scaled_steps : step % kPanelSteps >> shift_;
+  }
 
   // Bytes [at, at + kLine) of every row, zeros past the end: lane r of vector i has four of row r.
   [[gnu::always_inline]] void load_line(int64_t at, Bytes (&v)[kLanes]) const {
@@ -153,8 +161,13 @@ class Strip {
   }
 
  private:
+  // Of scales: exact for powers of two, and from 2^-118 on for any.
+  static constexpr float kUnit = 1.0f / (1 << C::power);
+
   void prepare_blocks(int64_t first, int64_t blocks, Scales& scales) const {
     scale_lanes(scale_, matrix_.exponents, first, blocks, scales.factor[0], kLanes);
+    if constexpr (C::power != 0)
+      for (int b = 0; b < blocks; ++b) store(scales.factor[b], load<VF>(scales.factor[b]) * set<VF>(kUnit));
     if constexpr (C::adjust == Adjust::blocks) {
       Bytes v[4];
       load_lanes(zero_, first, blocks, v);
@@ -173,10 +186,13 @@ class Strip {
     load_lanes([&](int r) { return _mm_mask_loadu_epi8(one, mask, scale_[r] + first); }, v);
     const auto next = [&](int i) { return _mm512_add_epi8(v[i], _mm512_set1_epi8(1)); };
     const Bytes least = _mm512_min_epu8(_mm512_min_epu8(next(0), next(1)), _mm512_min_epu8(next(2), next(3)));
-    if (__builtin_expect(_mm512_cmple_epu8_mask(least, _mm512_set1_epi8(1)) != 0, 0)) {  // 2^-127, or NaN
-      for (int s = 0; s < kPanelSteps; ++s) store(scales.factor[s], e8m0_of_byte(v[s / 4], s % 4));
+    if (__builtin_expect(_mm512_cmple_epu8_mask(least, _mm512_set1_epi8(1 + C::power)) != 0, 0)) {  // subnormal, or NaN
+      for (int s = 0; s < kPanelSteps; ++s) store(scales.factor[s], e8m0_of_byte(v[s / 4], s % 4) * set<VF>(kUnit));
       return;
     }
+    if constexpr (C::power != 0)
+#pragma GCC unroll 4
+      for (Bytes& x : v) x = _mm512_sub_epi8(x, _mm512_set1_epi8(C::power));
     const Bytes exponent = _mm512_set1_epi32(0x7f800000);
 #pragma GCC unroll 4
     for (int i = 0; i < 4; ++i) {
