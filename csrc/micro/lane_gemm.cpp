@@ -13,6 +13,7 @@
 #include <algorithm>
 
 #include "lane_few_rows.h"
+#include "lane_panels.h"
 
 namespace polymoe::POLYMOE_LEVEL {
 namespace {
@@ -21,17 +22,10 @@ constexpr int kMaxRows = 14;
 // From the strip that is multiplied in registers to the one whose lines are asked for meanwhile. That is in order, but
 // a strip needs lines of all its rows at once: those of the last rows would come too late from one strip to the next.
 constexpr int kStripsAhead = 2;
-constexpr int kFewRows = 8;   // decode in registers: beside the sums of more a line of codes has no room there
-constexpr int kTileRows = 7;  // of a panel's tile, whose totals lie in registers beside the sums of a step
-constexpr int kVectors = 2, kColumns = kVectors * kLanes;  // of a panel
+constexpr int kPairsAhead = 2;  // of strips, for a panel is decoded before it is multiplied
+constexpr int kFewRows = 8;     // decode in registers: beside the sums of more a line of codes has no room there
 
-[[gnu::always_inline]] inline VF add_pairs(VF acc, const char* x, Bytes w) {
-  int pair;
-  __builtin_memcpy(&pair, x, sizeof pair);
-  return {_mm512_dpbf16_ps(acc.v, __m512bh(w), __m512bh(_mm512_set1_epi32(pair)))};
-}
-
-// The same for a pair that is used once, an operand in memory, which GCC 12 has no pattern for: half of the
+// A pair of A that is used once is an operand in memory, which GCC 12 has no pattern for: half of the
 // instructions.
 [[gnu::always_inline]] inline VF add_pairs_once(VF acc, const char* x, Bytes w) {
   asm("vdpbf16ps %1%{1to16%}, %2, %0" : "+v"(acc.v) : "m"(*reinterpret_cast<const char(*)[4]>(x)), "v"(w));
@@ -170,139 +164,6 @@ void multiply_group(const Strip<C>& strip, const char* a, Streams ahead, float* 
       store_n(c + i * ldc, total[i], int(columns));
 }
 
-// --- codes decoded into a panel --------------------------------------------------------------------------------------
-
-// Where factors are powers of two, `vscalefps` and an addition do what a multiply-add does, off the ports of the dot
-// products, and with the same bits if products are exact: if no bit of a sum by its factor is less than 2^-149, and
-// none is infinite. So both are bounded, by the exponents of A, biased, and those of the factors.
-struct Exponents {
-  int least, most;  // of A's numbers but zeros
-
-  // Of `bytes` of A, whole lines.
-  static Exponents of(const char* a, int64_t bytes) {
-    const __m512i magnitude = _mm512_set1_epi16(0x7fff), one = _mm512_set1_epi16(1);
-    __m512i low = _mm512_set1_epi16(-1), high = _mm512_setzero_si512();
-    for (int64_t i = 0; i < bytes; i += kLine) {
-      const __m512i x = _mm512_and_si512(load_bytes(a + i), magnitude);
-      low = _mm512_min_epu16(low, _mm512_sub_epi16(x, one));  // where zero is the largest
-      high = _mm512_max_epu16(high, x);
-    }
-    alignas(64) uint16_t lows[32], highs[32];
-    _mm512_store_si512(lows, low), _mm512_store_si512(highs, high);
-    return {*std::min_element(lows, lows + 32) >> 7, *std::max_element(highs, highs + 32) >> 7};
-  }
-
-  // The factors of a panel's steps become logarithms, if products by them are exact; returns whether they did. `power`:
-  // that of the codes.
-  bool take_logarithms(int power, Scales (&scales)[kVectors], int64_t steps) const {
-    const int code_bits = 9, sum_bits = 9 + 6 + power;  // of a fraction, and of the largest, times 32
-    VF log[kVectors][kPanelSteps];
-    __m512 low = _mm512_set1_ps(128), high = _mm512_set1_ps(-128);
-    for (int v = 0; v < kVectors; ++v)
-      for (int64_t step = 0; step < steps; ++step) {
-        const __m512 x = _mm512_getexp_ps(_mm512_load_ps(scales[v].factor[step]));
-        low = _mm512_min_ps(x, low), high = _mm512_max_ps(x, high);  // NaN counts as nothing
-        log[v][step] = {x};
-      }
-    if (least - 127 - 7 - code_bits + _mm512_reduce_min_ps(low) < -149) return false;
-    if (most - 126 + sum_bits + _mm512_reduce_max_ps(high) > 127) return false;
-    for (int v = 0; v < kVectors; ++v)
-      for (int64_t step = 0; step < steps; ++step) store(scales[v].factor[step], log[v][step]);
-    return true;
-  }
-};
-
-// Columns of a panel, a part of the reduction at a time: what they are multiplied by, and where the sums go.
-struct Task {
-  const char* panel;
-  const Scales* scales;  // by vector
-  int64_t steps;
-  int shift;  // block_shift
-  bool add;
-  Streams* ahead;
-  int asks;  // for what is needed next, in a step
-  float* c;
-  int64_t ldc;
-  __mmask16 columns[kVectors];
-};
-
-// `stride`: rows of the group. POWERS: factors are logarithms, see Exponents. SCALED: see Scaled.
-template <int ROWS, bool POWERS, int SCALED>
-void tile(const char* a, int64_t stride, const Task& task) {
-  VF total[ROWS][kVectors];
-#pragma GCC unroll 8
-  for (int i = 0; i < ROWS; ++i)
-#pragma GCC unroll 2
-    for (int v = 0; v < kVectors; ++v)
-      total[i][v] = {task.add ? _mm512_maskz_loadu_ps(task.columns[v], task.c + i * task.ldc + v * kLanes)
-                              : _mm512_setzero_ps()};
-  const char* w = task.panel;
-  for (int64_t step = 0; step < task.steps;) {
-    VF block[ROWS][kVectors];
-#pragma GCC unroll 8
-    for (int i = 0; i < ROWS; ++i)
-#pragma GCC unroll 2
-      for (int v = 0; v < kVectors; ++v) block[i][v] = set<VF>(0);
-    const int64_t first = step, end = SCALED == 1 ? step + 1 : std::min(step + SCALED, task.steps);
-    do {
-      for (int i = 0; i < task.asks; ++i) task.ahead->ask();
-      VF acc[ROWS][kVectors];
-#pragma GCC unroll 8
-      for (int i = 0; i < ROWS; ++i)
-#pragma GCC unroll 2
-        for (int v = 0; v < kVectors; ++v) acc[i][v] = set<VF>(0);
-#pragma GCC unroll 2
-      for (int p = 0; p < kPairs; ++p, a += stride * 4, w += kVectors * kLine) {
-        const Bytes w0 = load_bytes(w), w1 = load_bytes(w + kLine);
-#pragma GCC unroll 8
-        for (int i = 0; i < ROWS; ++i) {
-          acc[i][0] = add_pairs(acc[i][0], a + i * 4, w0);
-          acc[i][1] = add_pairs(acc[i][1], a + i * 4, w1);
-        }
-      }
-#pragma GCC unroll 8
-      for (int i = 0; i < ROWS; ++i)
-#pragma GCC unroll 2
-        for (int v = 0; v < kVectors; ++v) block[i][v] = SCALED == 1 ? acc[i][v] : block[i][v] + acc[i][v];
-      ++step;
-    } while (step < end);
-#pragma GCC unroll 2
-    for (int v = 0; v < kVectors; ++v) {
-      const VF factor = load<VF>(task.scales[v].factor[SCALED > 1 ? first / SCALED : first >> task.shift]);
-#pragma GCC unroll 8
-      for (int i = 0; i < ROWS; ++i)
-        total[i][v] = POWERS ? total[i][v] + VF{_mm512_scalef_ps(block[i][v].v, factor.v)}
-                             : fma(block[i][v], factor, total[i][v]);
-    }
-  }
-#pragma GCC unroll 8
-  for (int i = 0; i < ROWS; ++i)
-#pragma GCC unroll 2
-    for (int v = 0; v < kVectors; ++v)
-      _mm512_mask_storeu_ps(task.c + i * task.ldc + v * kLanes, task.columns[v], total[i][v].v);
-}
-
-// Steps [first, first + steps) of a strip, of a panel whose scales are prepared.
-template <class C>
-void decode_panel(const Strip<C>& strip, int64_t first, int64_t steps, const Scales& scales, char* out) {
-  const int64_t parts = steps * Strip<C>::parts;
-  for (int64_t part = 0; part < parts; part += kLineParts) {
-    Bytes line[kLanes];
-    strip.load_line(first * Strip<C>::step_bytes + part * kPart, line);
-    for (int64_t i = 0; i < kLineParts && part + i < parts; ++i) {
-      const Bytes adjust[1] = {adjust_of<C>(scales, strip.block((part + i) / Strip<C>::parts))};
-      Bytes v[1][4];
-#pragma GCC unroll 4
-      for (int j = 0; j < 4; ++j) v[0][j] = line[4 * i + j];
-      each_pair<C, 1>(
-          v, adjust, [&](int, int p, Bytes w) __attribute__((always_inline)) {
-            store_bytes(out + p * kVectors * kLine, w);
-          });
-      out += Strip<C>::part_pairs * kVectors * kLine;
-    }
-  }
-}
-
 // --- rows of A -------------------------------------------------------------------------------------------------------
 
 template <int MOST, int ROWS = 1, class F>
@@ -312,13 +173,10 @@ auto by_rows(int rows, const F& f) {
   return f(std::integral_constant<int, ROWS>());
 }
 
-constexpr int64_t kPanelBytes = kPanelSteps * kPairs * kVectors * kLine;
-
-// Of the workspace: room for a panel or for rows of A that are spread, and after it for the copy of strip `i`.
-inline int64_t first_bytes(int64_t d) { return std::max(kPanelBytes, spread_bytes(kSpreadRows, d)); }
+// Of the workspace: room for panels or for rows of A that are spread, and after it for copies of rows of W.
 template <class C>
-char* copy_of(const Weights& w, int64_t d, int i) {
-  return w.workspace + first_bytes(d) + i * Strip<C>::copy_bytes(d);
+int64_t first_bytes(int64_t d) {
+  return std::max(Panels<C>::bytes, spread_bytes(kSpreadRows, d));
 }
 
 template <class C>
@@ -330,53 +188,70 @@ void multiply_in_registers(const char* a, int rows, const Weights& w, int64_t n,
   }
   for (int64_t j = 0; j < n; j += kLanes) {
     const int64_t columns = n - j < kLanes ? n - j : kLanes;
-    Strip<C> strip(w, j, columns, d, copy_of<C>(w, d, 0));
+    Strip<C> strip(w, j, columns, d, w.workspace + first_bytes<C>(d));
     strip.look_ahead(w, j + kLanes, n);
     const Streams ahead = streams_ahead(w, j + kStripsAhead * kLanes, n, kLanes, d, C::bits);
     product(strip, a, ahead, c + j, ldc, columns);
   }
 }
 
+// One row group by a panel; `x` and task.c are those of its first row.
+template <class C>
+void multiply_tiles(const char* x, int rows, Task task, bool logarithms, PanelDecoder<C>& decoder) {
+  constexpr bool kPowers = C::adjust == Adjust::groups;
+  const RowGroups tiles(rows, kTileRows);
+  for (int64_t i = 0; i < tiles.count; ++i) {
+    const auto multiply_by = [&](auto& meanwhile) {
+      using Meanwhile = std::remove_reference_t<decltype(meanwhile)>;
+      const auto product = by_rows<kTileRows>(tiles.rows(i), [&](auto count) {
+        return logarithms ? &tile<count.value, kPowers, C::scaled_steps, Meanwhile>
+                          : &tile<count.value, false, C::scaled_steps, Meanwhile>;
+      });
+      product(x + tiles.first_row(i) * 4, rows, task, meanwhile);
+    };
+    const Idle idle;
+    if (decoder.busy())
+      multiply_by(decoder);
+    else
+      multiply_by(idle);
+    task.c += tiles.rows(i) * task.ldc;
+  }
+}
+
 template <class C>
 void multiply_panels(const char* a, const RowGroups& groups, const Weights& w, int64_t n, int64_t d, float* c,
                      int64_t ldc) {
-  constexpr bool kPowers = C::adjust == Adjust::groups;
-  const int64_t all = steps_of(d);
-  const bool repays = kPowers && groups.count > 2;  // reading A for it
-  const Exponents exponents = repays ? Exponents::of(a, groups.first_row(groups.count) * all * kLine) : Exponents{};
-  for (int64_t j = 0; j < n; j += kColumns) {
-    const int64_t columns = n - j < kColumns ? n - j : kColumns, second = columns > kLanes ? columns - kLanes : 0;
-    const Strip<C> strip[kVectors] = {
-        {w, j, columns - second, d, copy_of<C>(w, d, 0)},
-        {w, j + (second ? kLanes : 0), second ? second : columns, d, copy_of<C>(w, d, 1)}};
-    Streams ahead = streams_ahead(w, j + kColumns, n, kColumns, d, C::bits);
-    // Two strips ask for as much as they take, which is twice Strip<C>::parts in a step, in two tiles of each row
-    // group.
-    const int asks = int((Strip<C>::parts + groups.count - 1) / groups.count);
-    Scales scales[kVectors];
-    for (int64_t first = 0; first < all; first += kPanelSteps) {
-      const int64_t steps = all - first < kPanelSteps ? all - first : kPanelSteps;
-      for (int v = 0; v < kVectors; ++v) {
-        strip[v].prepare(first, scales[v]);
-        decode_panel(strip[v], first, steps, scales[v], w.workspace + v * kLine);
-      }
-      const bool logarithms = repays && exponents.take_logarithms(C::power, scales, steps);
-      Task task{w.workspace, scales, steps, block_shift(*w.matrix), first > 0, &ahead, asks, nullptr, ldc, {}};
-      task.columns[0] = lanes_below(int(columns - second)), task.columns[1] = lanes_below(int(second));
-      for (int64_t group = 0; group < groups.count; ++group) {
-        const int rows = groups.rows(group);
-        const char* const x = a + (groups.first_row(group) * all + first * rows) * (kPairs * 4);
-        const RowGroups tiles(rows, kTileRows);
-        for (int64_t i = 0; i < tiles.count; ++i) {
-          task.c = c + (groups.first_row(group) + tiles.first_row(i)) * ldc + j;
-          const auto product = by_rows<kTileRows>(tiles.rows(i), [&](auto count) {
-            return logarithms ? &tile<count.value, kPowers, C::scaled_steps>
-                              : &tile<count.value, false, C::scaled_steps>;
-          });
-          product(x + tiles.first_row(i) * 4, rows, task);
-        }
-      }
+  const int64_t steps = steps_of(d);
+  const bool repays = C::adjust == Adjust::groups && groups.count > 2;  // reading A for it
+  const Exponents exponents = repays ? Exponents::of(a, groups.first_row(groups.count) * steps * kLine) : Exponents{};
+  // Two strips ask for as much as they take, which is twice Strip<C>::parts in a step, in two tiles of each row group.
+  const int asks = int((Strip<C>::parts + groups.count - 1) / groups.count);
+  Panels<C> panels(w, n, d, w.workspace + first_bytes<C>(d));
+  Streams ahead;
+  for (int64_t panel = 0; panel < panels.count(); ++panel) {
+    const Place at = panels.place(panel);
+    if (at.first == 0) ahead = streams_ahead(w, at.column + kPairsAhead * kColumns, n, kColumns, d, C::bits);
+    panels.begin(panel + 1);
+    auto& scales = panels.scales(panel);
+    const bool logarithms = repays && exponents.take_logarithms(C::power, scales, at.steps);
+    const int64_t second = at.columns > kLanes ? at.columns - kLanes : 0;
+    Task task{panels.data(panel),
+              scales,
+              at.steps,
+              block_shift(*w.matrix),
+              at.first > 0,
+              &ahead,
+              asks,
+              nullptr,
+              ldc,
+              {lanes_below(int(at.columns - second)), lanes_below(int(second))}};
+    for (int64_t group = 0; group < groups.count; ++group) {
+      const int rows = groups.rows(group);
+      task.c = c + groups.first_row(group) * ldc + at.column;
+      multiply_tiles(a + (groups.first_row(group) * steps + at.first * rows) * (kPairs * 4), rows, task, logarithms,
+                     panels.decoder());
     }
+    panels.decoder().finish();
   }
 }
 
@@ -429,7 +304,7 @@ void pack_rows(const char* const* rows, int64_t count, int64_t d, char* out) {
 
 template <class C>
 int64_t workspace(int64_t d) {
-  return first_bytes(d) + kVectors * Strip<C>::copy_bytes(d);
+  return first_bytes<C>(d) + Panels<C>::copies_bytes(d);
 }
 
 template <class C>

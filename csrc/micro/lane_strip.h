@@ -134,18 +134,26 @@ class Strip {
     for (int i = 0; i < kLanes; ++i) v[i] = _mm512_castps_si512(rows[i].v);
   }
 
-  // Of codes of four bits, the line at byte `at` of every row, which is a span, zeros past the end: quarter j of vector
-  // 4q + i has, of step j, bytes 4i to 4i + 3 of rows 4q to 4q + 3, a lane each. No shuffle crosses a quarter.
+  bool has_line(int64_t at) const { return bytes_ - at >= kLine; }
+
+  // Of the line at byte `at`, zeros past the end, rows 4k to 4k + 3: quarter j of vector i has bytes 16j + 4i to
+  // 16j + 4i + 3 of them, a lane each. No shuffle crosses a quarter. WHOLE: has_line(at).
+  template <bool WHOLE>
+  [[gnu::always_inline]] void load_fours(int64_t at, unsigned k, Bytes* v) const {
+    const __mmask64 mask = WHOLE ? ~0ull : (1ull << (bytes_ - at)) - 1;
+    const char* const first = rows_.row(int(4 * k)) + at;
+    const auto line = [&](int r) {
+      const char* const from = first + r * rows_.stride;
+      return WHOLE ? load_bytes(from) : _mm512_maskz_loadu_epi8(mask, from);
+    };
+    lanes_of_fours(line(0), line(1), line(2), line(3), v);
+  }
+  // The same of all rows: of codes of four bits a span, where quarter j has step j.
   template <bool WHOLE>
   [[gnu::always_inline]] void load_span(int64_t at, Bytes (&v)[kLanes]) const {
     static_assert(kSpan * step_bytes == kLine);
-    const __mmask64 mask = WHOLE ? ~0ull : (1ull << (bytes_ - at)) - 1;
-    const auto line = [&](int r) {
-      const char* const from = rows_.row(r) + at;
-      return WHOLE ? load_bytes(from) : _mm512_maskz_loadu_epi8(mask, from);
-    };
 #pragma GCC unroll 4
-    for (int r = 0; r < kLanes; r += 4) lanes_of_fours(line(r), line(r + 1), line(r + 2), line(r + 3), v + r);
+    for (unsigned k = 0; k < 4; ++k) load_fours<WHOLE>(at, k, v + 4 * k);
   }
 
   // For steps [first, first + kPanelSteps), as far as there are any.
