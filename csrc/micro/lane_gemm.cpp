@@ -235,16 +235,9 @@ void multiply_panels(const char* a, const RowGroups& groups, const Weights& w, i
     auto& scales = panels.scales(panel);
     const bool logarithms = repays && exponents.take_logarithms(C::power, scales, at.steps);
     const int64_t second = at.columns > kLanes ? at.columns - kLanes : 0;
-    Task task{panels.data(panel),
-              scales,
-              at.steps,
-              block_shift(*w.matrix),
-              at.first > 0,
-              &ahead,
-              asks,
-              nullptr,
-              ldc,
-              {lanes_below(int(at.columns - second)), lanes_below(int(second))}};
+    Task task{
+        panels.data(panel), scales, at.steps, block_shift(*w.matrix), at.first > 0, &ahead, asks, nullptr, ldc, {}};
+    task.columns[0] = lanes_below(int(at.columns - second)), task.columns[1] = lanes_below(int(second));
     for (int64_t group = 0; group < groups.count; ++group) {
       const int rows = groups.rows(group);
       task.c = c + groups.first_row(group) * ldc + at.column;

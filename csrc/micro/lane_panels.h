@@ -1,6 +1,6 @@
 // Panels: quantised weights decoded once for many rows of A, and multiplied by them in register tiles. Dot products
-// have two of the four vector ports and would leave the others idle, decoding wants these: so a panel is decoded piece
-// by piece between products of the one before.
+// have two of the four vector ports, and decoding wants the others: so a panel is decoded piece by piece between
+// products of the one before.
 #pragma once
 
 #include <algorithm>
@@ -121,7 +121,7 @@ class Panels {
   Panels(const Panels&) = delete;
 
   static constexpr int64_t bytes = 2 * kPanelBytes;
-  static int64_t copies_bytes(int64_t d) { return 2 * kVectors * Strip<C>::copy_bytes(d); }
+  static int64_t copies_bytes(int64_t d) { return kVectors * Strip<C>::copy_bytes(d); }
 
   int64_t count() const { return (n_ + kColumns - 1) / kColumns * of_columns_; }
   Place place(int64_t panel) const {
@@ -138,24 +138,21 @@ class Panels {
   void begin(int64_t panel) {
     if (panel >= count()) return decoder_.stop();
     const Place at = place(panel);
-    const int64_t parity = panel / of_columns_ % 2;
-    auto& strips = strips_[parity];
     if (at.first == 0) {
       const int64_t second = at.columns > kLanes ? at.columns - kLanes : 0;
-      char* const copy = copies_ + parity * kVectors * Strip<C>::copy_bytes(d_);
-      strips[0].emplace(w_, at.column, at.columns - second, d_, copy);
-      strips[1].emplace(w_, at.column + (second ? kLanes : 0), second ? second : at.columns, d_,
-                        copy + Strip<C>::copy_bytes(d_));
+      strips_[0].emplace(w_, at.column, at.columns - second, d_, copies_);
+      strips_[1].emplace(w_, at.column + (second ? kLanes : 0), second ? second : at.columns, d_,
+                         copies_ + Strip<C>::copy_bytes(d_));
     }
-    for (int v = 0; v < kVectors; ++v) strips[v]->prepare(at.first, scales(panel)[v]);
-    decoder_.begin(strips, scales(panel), at.first, at.steps, data(panel));
+    for (int v = 0; v < kVectors; ++v) strips_[v]->prepare(at.first, scales(panel)[v]);
+    decoder_.begin(strips_, scales(panel), at.first, at.steps, data(panel));
   }
 
  private:
   const Weights& w_;
   int64_t n_, d_, of_columns_;  // panels that the same columns have
   char* copies_;
-  std::optional<Strip<C>> strips_[2][kVectors];
+  std::optional<Strip<C>> strips_[kVectors];  // of the panel that is decoded
   Scales scales_[2][kVectors];
   PanelDecoder<C> decoder_;
 };
