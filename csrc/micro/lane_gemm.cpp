@@ -22,11 +22,10 @@ constexpr int kMaxRows = 14;
 // From the strip that is multiplied in registers to the one whose lines are asked for meanwhile. That is in order, but
 // a strip needs lines of all its rows at once: those of the last rows would come too late from one strip to the next.
 constexpr int kStripsAhead = 2;
-constexpr int kPairsAhead = 2;  // of strips, for a panel is decoded before it is multiplied
-constexpr int kFewRows = 8;     // decode in registers: beside the sums of more a line of codes has no room there
+constexpr int kColumnsAhead = 2 * kColumns;  // of panels, which are decoded one before they are multiplied
+constexpr int kFewRows = 8;  // decode in registers: beside the sums of more a line of codes has no room there
 
-// A pair of A that is used once is an operand in memory, which GCC 12 has no pattern for: half of the
-// instructions.
+// A pair of A that is used once is an operand in memory, which GCC 12 has no pattern for: half of the instructions.
 [[gnu::always_inline]] inline VF add_pairs_once(VF acc, const char* x, Bytes w) {
   asm("vdpbf16ps %1%{1to16%}, %2, %0" : "+v"(acc.v) : "m"(*reinterpret_cast<const char(*)[4]>(x)), "v"(w));
   return acc;
@@ -174,10 +173,7 @@ auto by_rows(int rows, const F& f) {
 }
 
 // Of the workspace: room for panels or for rows of A that are spread, and after it for copies of rows of W.
-template <class C>
-int64_t first_bytes(int64_t d) {
-  return std::max(Panels<C>::bytes, spread_bytes(kSpreadRows, d));
-}
+inline int64_t first_bytes(int64_t d) { return std::max(kPanelsBytes, spread_bytes(kSpreadRows, d)); }
 
 template <class C>
 void multiply_in_registers(const char* a, int rows, const Weights& w, int64_t n, int64_t d, float* c, int64_t ldc) {
@@ -188,7 +184,7 @@ void multiply_in_registers(const char* a, int rows, const Weights& w, int64_t n,
   }
   for (int64_t j = 0; j < n; j += kLanes) {
     const int64_t columns = n - j < kLanes ? n - j : kLanes;
-    Strip<C> strip(w, j, columns, d, w.workspace + first_bytes<C>(d));
+    Strip<C> strip(w, j, columns, d, w.workspace + first_bytes(d));
     strip.look_ahead(w, j + kLanes, n);
     const Streams ahead = streams_ahead(w, j + kStripsAhead * kLanes, n, kLanes, d, C::bits);
     product(strip, a, ahead, c + j, ldc, columns);
@@ -226,18 +222,17 @@ void multiply_panels(const char* a, const RowGroups& groups, const Weights& w, i
   const Exponents exponents = repays ? Exponents::of(a, groups.first_row(groups.count) * steps * kLine) : Exponents{};
   // Two strips ask for as much as they take, which is twice Strip<C>::parts in a step, in two tiles of each row group.
   const int asks = int((Strip<C>::parts + groups.count - 1) / groups.count);
-  Panels<C> panels(w, n, d, w.workspace + first_bytes<C>(d));
+  Panels<C> panels(w, n, d, w.workspace + first_bytes(d));
   Streams ahead;
   for (int64_t panel = 0; panel < panels.count(); ++panel) {
     const Place at = panels.place(panel);
-    if (at.first == 0) ahead = streams_ahead(w, at.column + kPairsAhead * kColumns, n, kColumns, d, C::bits);
+    if (at.first == 0) ahead = streams_ahead(w, at.column + kColumnsAhead, n, kColumns, d, C::bits);
     panels.begin(panel + 1);
     auto& scales = panels.scales(panel);
     const bool logarithms = repays && exponents.take_logarithms(C::power, scales, at.steps);
-    const int64_t second = at.columns > kLanes ? at.columns - kLanes : 0;
     Task task{
         panels.data(panel), scales, at.steps, block_shift(*w.matrix), at.first > 0, &ahead, asks, nullptr, ldc, {}};
-    task.columns[0] = lanes_below(int(at.columns - second)), task.columns[1] = lanes_below(int(second));
+    for (int v = 0; v < kVectors; ++v) task.columns[v] = lanes_below(int(at.width(v)));
     for (int64_t group = 0; group < groups.count; ++group) {
       const int rows = groups.rows(group);
       task.c = c + groups.first_row(group) * ldc + at.column;
@@ -297,7 +292,7 @@ void pack_rows(const char* const* rows, int64_t count, int64_t d, char* out) {
 
 template <class C>
 int64_t workspace(int64_t d) {
-  return first_bytes<C>(d) + Panels<C>::copies_bytes(d);
+  return first_bytes(d) + Panels<C>::copies_bytes(d);
 }
 
 template <class C>

@@ -15,6 +15,7 @@ namespace {
 constexpr int kTileRows = 7;  // of a panel's tile, whose totals lie in registers beside the sums of a step
 constexpr int kVectors = 2, kColumns = kVectors * kLanes;  // of a panel
 constexpr int64_t kPanelBytes = kPanelSteps * kPairs * kVectors * kLine;
+constexpr int64_t kPanelsBytes = 2 * kPanelBytes;  // one that is multiplied, and one that is decoded meanwhile
 
 // --- decoding --------------------------------------------------------------------------------------------------------
 
@@ -107,9 +108,13 @@ struct Idle {
 // Columns [column, column + columns) by steps [first, first + steps).
 struct Place {
   int64_t column, columns, first, steps;
+
+  // Columns of vector v.
+  int64_t width(int v) const { return std::clamp<int64_t>(columns - v * kLanes, 0, kLanes); }
 };
 
-// The panels of columns [0, n), along the reduction first. Two lie in the workspace, and after them rows for strips.
+// The panels of columns [0, n), along the reduction first. Two lie where the workspace begins; `copies` has room for
+// copies_bytes(d).
 template <class C>
 class Panels {
  public:
@@ -120,7 +125,6 @@ class Panels {
   }
   Panels(const Panels&) = delete;
 
-  static constexpr int64_t bytes = 2 * kPanelBytes;
   static int64_t copies_bytes(int64_t d) { return kVectors * Strip<C>::copy_bytes(d); }
 
   int64_t count() const { return (n_ + kColumns - 1) / kColumns * of_columns_; }
@@ -139,10 +143,9 @@ class Panels {
     if (panel >= count()) return decoder_.stop();
     const Place at = place(panel);
     if (at.first == 0) {
-      const int64_t second = at.columns > kLanes ? at.columns - kLanes : 0;
-      strips_[0].emplace(w_, at.column, at.columns - second, d_, copies_);
-      strips_[1].emplace(w_, at.column + (second ? kLanes : 0), second ? second : at.columns, d_,
-                         copies_ + Strip<C>::copy_bytes(d_));
+      const int used = at.width(1) > 0;  // the strip again, where there is no second one
+      strips_[0].emplace(w_, at.column, at.width(0), d_, copies_);
+      strips_[1].emplace(w_, at.column + used * kLanes, at.width(used), d_, copies_ + Strip<C>::copy_bytes(d_));
     }
     for (int v = 0; v < kVectors; ++v) strips_[v]->prepare(at.first, scales(panel)[v]);
     decoder_.begin(strips_, scales(panel), at.first, at.steps, data(panel));

@@ -169,7 +169,8 @@ class Strip {
   }
 
  private:
-  // Of scales: exact for powers of two, and from 2^-118 on for any.
+  // Of scales: exact for powers of two, and from 2^-118 on for any. (Sums of 128 such codes are finite for rows of A up
+  // to 2^104.)
   static constexpr float kUnit = 1.0f / (1 << C::power);
 
   void prepare_blocks(int64_t first, int64_t blocks, Scales& scales) const {
